@@ -1,0 +1,52 @@
+# Two commands: `make demo` and `make test`. Nothing else is needed but Python >= 3.11 and make.
+#
+#   make demo                    record clips, train, evaluate, export, report -> runs/demo
+#   make demo DATA=clips.jsonl   the same on your own clips
+#   make test                    the test suite, without the heavy optional parts
+#   make test-all                the same with PyTorch installed, slow tests included
+#   make lint                    ruff
+#
+# PY=python3.12 picks another Python; OUT=dir another folder for the demo.
+
+PY ?= python3
+VENV ?= .venv
+OUT ?= runs/demo
+DATA ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-all lint clean
+
+$(BIN)/python:
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "iv2_jax needs Python >= 3.11; this is `$(PY) --version`. Try make PY=python3.12"; exit 1; }
+	$(PY) -m venv $(VENV)
+
+# One stamp a set of extras; a changed setup.py installs anew.
+$(VENV)/.installed-demo: $(BIN)/python setup.py
+	$(PIP) -e '.[demo,torch]'
+	@touch $@
+
+$(VENV)/.installed-test: $(BIN)/python setup.py
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-all: $(BIN)/python setup.py
+	$(PIP) -e '.[test,torch]'
+	@touch $@
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/iv2 demo --out $(OUT) $(if $(DATA),--data $(DATA))
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.installed-all
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

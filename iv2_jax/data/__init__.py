@@ -1,0 +1,1 @@
+"""Decoding, sampling, augmentation and Grain pipelines; never imports JAX."""

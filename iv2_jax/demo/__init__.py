@@ -1,0 +1,1 @@
+"""The demo: real clips and real weights from packages anyone can install."""

@@ -1,0 +1,1 @@
+"""Flax Linen modules and their frozen-dataclass configs: no I/O, no meshes, no losses."""

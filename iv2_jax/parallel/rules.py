@@ -1,0 +1,130 @@
+"""One table from logical parameter axes to mesh axes, and what happens when sizes do not divide.
+
+Every parameter of `models/` carries logical axis names. A dimension takes the first mesh axis of
+its row that divides it and that no earlier dimension of the same parameter has taken; otherwise
+the dimension stays whole. Where that leaves a large parameter without an `fsdp` shard, the largest
+dimension that divides takes it: 3200 / 256 does not divide, 12800 / 256 does. What was done is in
+the report, so nothing is replicated silently.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.core import meta
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+logger = logging.getLogger(__name__)
+
+# logical axis -> mesh axes to try, in order.
+RULES: dict[str, tuple[str, ...]] = {
+    "layers": (),
+    "embed": ("fsdp",),
+    "mlp": ("tensor", "fsdp"),
+    "heads": ("tensor",),
+    "head_dim": (),
+    "pool": ("fsdp",),
+    "target": ("tensor", "fsdp"),
+    "classes": ("tensor",),
+    "vocab": ("tensor", "fsdp"),
+    "patch": (),
+    "pixel": (),
+    "tokens": (),
+}
+# Below this a parameter may stay whole on every device: gathering it costs more than it saves.
+SMALL_PARAMETER = 2**16
+
+
+@dataclass(frozen=True)
+class ShardedParameter:
+    """One row of the sharding report."""
+
+    path: str
+    shape: tuple[int, ...]
+    logical: tuple[str | None, ...]
+    spec: PartitionSpec
+    note: str  # empty, or what fell back to what
+    bytes_per_device: int
+
+
+def partition_spec(
+    shape: tuple[int, ...], logical: tuple[str | None, ...], mesh: Mesh
+) -> tuple[PartitionSpec, str]:
+    """Mesh axes of each dimension, and a note when a rule could not be followed.
+
+    Args:
+      shape: Sizes of the dimensions.
+      logical: Logical axis name of each dimension (None = never split).
+      mesh: The mesh with axes data, fsdp and tensor.
+
+    Returns:
+      The spec, and "" or a sentence about what does not divide.
+    """
+    axes: list[str | None] = [None] * len(shape)
+    misses = []
+    for i, (size, name) in enumerate(zip(shape, logical, strict=True)):
+        for axis in RULES.get(name, ()) if name else ():
+            if mesh.shape[axis] == 1 or axis in axes:
+                continue
+            if size % mesh.shape[axis] == 0:
+                axes[i] = axis
+                break
+            misses.append(f"{name} {size} does not divide by {axis} {mesh.shape[axis]}")
+    if "fsdp" not in axes and mesh.shape["fsdp"] > 1 and math.prod(shape) > SMALL_PARAMETER:
+        # Never the layer axis: a scan over a split axis gathers the whole stack at every layer.
+        candidates = [
+            i
+            for i, size in enumerate(shape)
+            if axes[i] is None and logical[i] != "layers" and size % mesh.shape["fsdp"] == 0
+        ]
+        if candidates:
+            i = max(candidates, key=lambda i: shape[i])
+            axes[i] = "fsdp"
+            if misses:
+                misses[-1] += f"; fsdp taken by dimension {i} ({shape[i]})"
+        else:
+            misses.append("replicated over fsdp")
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes), "; ".join(misses)
+
+
+def shardings(abstract_boxed: Any, mesh: Mesh) -> tuple[Any, list[ShardedParameter]]:
+    """Shardings of a tree of boxed abstract parameters (as `jax.eval_shape(model.init)` gives).
+
+    Unboxed leaves have no logical names and are replicated.
+
+    Returns:
+      A tree of `NamedSharding` in the structure of the unboxed tree, and the report's rows.
+    """
+    unboxed = meta.unbox(abstract_boxed)
+    specs = nn.get_partition_spec(abstract_boxed)
+    rows: list[ShardedParameter] = []
+
+    def one(path: Any, leaf: Any, logical_spec: PartitionSpec | None) -> NamedSharding:
+        logical = tuple(logical_spec or ())
+        logical += (None,) * (len(leaf.shape) - len(logical))
+        spec, note = partition_spec(leaf.shape, logical, mesh)
+        sharding = NamedSharding(mesh, spec)
+        local = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        name = "/".join(str(getattr(k, "key", k)) for k in path)
+        rows.append(ShardedParameter(name, leaf.shape, logical, spec, note, local))
+        return sharding
+
+    tree = jax.tree_util.tree_map_with_path(
+        one, unboxed, specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+    return tree, rows
+
+
+def describe(rows: list[ShardedParameter]) -> str:
+    """The fallbacks of a sharding, one line each, and the bytes a device holds."""
+    lines = [f"  {r.path} {r.shape}: {r.note}; sharded as {r.spec}" for r in rows if r.note]
+    total = sum(r.bytes_per_device for r in rows)
+    head = f"parameters per device: {total / 2**20:.1f} MiB in {len(rows)} arrays"
+    return "\n".join([head, *lines])

@@ -1,0 +1,325 @@
+"""Orbax checkpoints: asynchronous, whole or not there, restorable onto any mesh.
+
+A step folder holds four items: `params` (so that weights can be read alone), `train` (optimizer
+state, moving average, step), `data` (position in the data and counts) and `config`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from iv2_jax.errors import CheckpointError, ConfigError
+from iv2_jax.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+# Fields a run may change when it goes on: they do not change any number that it computes.
+FREE_FIELDS = (
+    "log_every",
+    "eval_every",
+    "eval_batches",
+    "eval_data",
+    "checkpoint",
+    "mesh",
+    "resume",
+    "tensorboard",
+    "stop_after",
+    "data.num_workers",
+    "data.threads",
+    "data.prefetch",
+    "data.max_bad_share",
+)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep.
+
+    Attributes:
+      every: Steps between saves; the last step is always saved. 0 = only the last.
+      keep: Newest checkpoints kept.
+      asynchronous: Write in the background while training goes on.
+    """
+
+    every: int = 1000
+    keep: int = 2
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(f"checkpoint.every must be >= 0, not {self.every}")
+        if self.keep < 1:
+            raise ConfigError(f"checkpoint.keep must be >= 1, not {self.keep}")
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one workdir."""
+
+    def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
+        self._config = config
+        self._folder = (workdir / FOLDER).absolute()
+        self._manager = self._open()
+        self.failures: list[str] = []
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._config.keep,
+            enable_async_checkpointing=self._config.asynchronous,
+            # What a killed process left half written.
+            cleanup_tmp_directories=True,
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def due(self, step: int) -> bool:
+        """Whether the schedule asks for a checkpoint after `step` steps."""
+        return bool(self._config.every) and step % self._config.every == 0
+
+    def save(self, state: TrainState, data: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+        """Saves `state` under its step; returns False (and remembers why) when it cannot.
+
+        A disk that is full or a folder that is gone does not end the run: the last complete
+        checkpoint stays, the failure is logged and reported at the end.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return True
+        train = {"step": state.step, "opt_state": state.opt_state, "ema": state.ema}
+        try:
+            self._manager.check_for_errors()
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    train=ocp.args.StandardSave(train),
+                    data=ocp.args.JsonSave(dict(data)),
+                    config=ocp.args.JsonSave(dict(config)),
+                ),
+                force=True,
+            )
+        except Exception as error:  # what can fail is the file system's choice, not ours
+            self._failed(step, error)
+            return False
+        return True
+
+    def wait(self) -> bool:
+        """Waits for the write under way; False when it failed."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:  # as in `save`
+            self._failed(None, error)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Waits for what is under way and lets go of the folder."""
+        if self.wait():
+            self._manager.close()
+
+    def _failed(self, step: int | None, error: Exception) -> None:
+        """Records a failed write and starts over with a fresh manager, which drops the remains."""
+        where = f"checkpoint at step {step}" if step is not None else "a checkpoint"
+        reason = _reason(error)
+        self.failures.append(f"{where} in {self._folder}: {reason}")
+        logger.error(
+            "%s could not be written: %s. The last complete one stays; training goes on.",
+            where,
+            reason,
+        )
+        try:
+            self._manager = self._open()
+        except OSError as second:
+            logger.error("the checkpoint folder cannot be opened again: %s", second)
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+        """Restores the newest checkpoint that can be read onto the shardings of `abstract`.
+
+        Returns:
+          The state, the data position and the config it was saved with.
+
+        Raises:
+          CheckpointError: None of the checkpoints can be read; says why for each.
+        """
+        train = {"step": abstract.step, "opt_state": abstract.opt_state, "ema": abstract.ema}
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            train=ocp.args.StandardRestore(train),
+            data=ocp.args.JsonRestore(),
+            config=ocp.args.JsonRestore(),
+        )
+        reasons = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                got = self._manager.restore(step, args=args)
+            except Exception as error:  # a damaged file surfaces as many kinds of error
+                reasons.append(f"  step {step}: {_reason(error)}")
+                logger.error("checkpoint %d cannot be read, trying the one before it", step)
+                continue
+            for bad in range(len(reasons)):
+                logger.warning("passed over a damaged checkpoint:%s", reasons[bad])
+            state = TrainState(params=got.params, **got.train)
+            return state, got.data, got.config
+        raise CheckpointError(
+            f"no readable checkpoint in {self._folder}:\n" + "\n".join(reasons or ["  none there"])
+        )
+
+    def discard_after(self, step: int) -> None:
+        """Deletes checkpoints newer than `step` (damaged ones that a restore passed over)."""
+        for newer in [s for s in self._manager.all_steps() if s > step]:
+            self._manager.delete(newer)
+
+    def saved_config(self) -> dict[str, Any]:
+        """The config saved with the newest checkpoint whose config can be read.
+
+        Raises:
+          CheckpointError: There is none.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                args = ocp.args.Composite(config=ocp.args.JsonRestore())
+                return self._manager.restore(step, args=args).config
+            except Exception as error:  # as in `restore`
+                logger.error("config of checkpoint %d cannot be read: %s", step, _reason(error))
+        raise CheckpointError(f"no checkpoint with a readable config in {self._folder}")
+
+
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
+    """Refuses to go on with a run whose config differs in anything that changes its numbers.
+
+    Raises:
+      CheckpointError: Lists each differing field with its old and new value.
+    """
+    old, new = _flatten(saved), _flatten(now)
+    differing = [
+        f"  config.{name}: {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, "absent") != new.get(name, "absent")
+        and not any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{workdir} holds a checkpoint of another config:\n"
+            + "\n".join(differing[:20])
+            + "\nTake the config of that run, or another --workdir (with --config.init_from to "
+            "start from these weights), or --config.resume=force to go on all the same."
+        )
+
+
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, Mapping):
+        flat = {}
+        for key, value in values.items():
+            flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: list(values) if isinstance(values, tuple) else values}
+
+
+def load_params(
+    path: str | Path, step: int | None = None, *, ema: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads the weights of a checkpoint as NumPy arrays, with the config of its run.
+
+    Args:
+      path: A workdir, its `checkpoints` folder, or one step folder in it.
+      step: Which step; default the newest.
+      ema: The moving average instead of the parameters.
+
+    Returns:
+      The nested dict of parameters, and the run's config as plain values.
+
+    Raises:
+      CheckpointError: No checkpoint there, or it has no moving average.
+    """
+    folder, step = _locate(Path(path), step)
+    steps = sorted(int(c.name) for c in folder.iterdir() if c.name.isdigit())
+    if not steps or (step is not None and step not in steps):
+        raise CheckpointError(f"no checkpoint of step {step} in {folder}; there are {steps}")
+    item = (folder / str(step if step is not None else steps[-1])).absolute()
+    config = json.loads((item / "config" / "metadata").read_text())
+    if not ema:
+        return _read_numpy(item / "params"), config
+    average = _read_numpy(item / "train").get("ema")
+    if average is None:
+        raise CheckpointError(f"{item} has no moving average (optimizer.ema_decay was 0)")
+    return average, config
+
+
+def _read_numpy(item: Path) -> dict[str, Any]:
+    """One item of a checkpoint as host arrays, whatever mesh wrote it."""
+    reader = ocp.PyTreeCheckpointer()
+    tree = reader.metadata(item).item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return reader.restore(item, restore_args=as_numpy)
+
+
+def _locate(path: Path, step: int | None) -> tuple[Path, int | None]:
+    """The checkpoints folder that `path` means, and the step if `path` is a step folder."""
+    if (path / FOLDER).is_dir():
+        return path / FOLDER, step
+    if path.name.isdigit() and (path / "params").is_dir():
+        return path.parent, int(path.name)
+    if path.is_dir() and any(child.name.isdigit() for child in path.iterdir()):
+        return path, step
+    raise CheckpointError(
+        f"no checkpoint at {path}: expected a workdir with a {FOLDER}/ folder, that folder, or "
+        "one of its step folders"
+    )
+
+
+def check_writable(workdir: Path) -> None:
+    """Makes the workdir and writes a byte to it, so that a run does not learn it hours later.
+
+    Raises:
+      CheckpointError: It cannot be made or written to; says why.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=workdir, prefix=".writable") as probe:
+            probe.write(b"x")
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise CheckpointError(f"cannot write to --workdir {workdir}: {_reason(error)}") from None
+
+
+def free_bytes(workdir: Path) -> int:
+    """Bytes free on the workdir's file system."""
+    return shutil.disk_usage(workdir).free
+
+
+def _reason(error: BaseException) -> str:
+    """One line that says what went wrong, with plain words for a full disk."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if getattr(seen, "errno", None) == errno.ENOSPC or "No space left" in str(seen):
+            return "the disk is full (no space left on device)"
+        seen = seen.__cause__ or seen.__context__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+def abstract_like(state: TrainState, shardings: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of a state: the target of `restore`."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )

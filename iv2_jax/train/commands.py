@@ -1,0 +1,43 @@
+"""`iv2 train`."""
+
+from __future__ import annotations
+
+import argparse
+
+TAKES_OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's arguments."""
+    parser.add_argument(
+        "--config", required=True, help="FILE.py[:argument], or the config.json that a run saved"
+    )
+    parser.add_argument(
+        "--workdir", required=True, help="checkpoints and metrics go there; a run in it goes on"
+    )
+    parser.add_argument(
+        "--show-config", action="store_true", help="print the resolved config and do nothing"
+    )
+    parser.epilog = """\
+any field of the config is set by --config.FIELD=VALUE:
+  iv2 train --config configs/demo/stage1.py --workdir runs/a --config.optimizer.lr=3e-4
+  iv2 train --config configs/stage1/internvideo2_1b.py --workdir gs://bucket/run \\
+      --config.mesh.fsdp=16 --config.teachers.clip.weights=internvl_c_13b_224px.pth
+  iv2 train --config runs/a/config.json --workdir runs/b --config.init_from=runs/a
+"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains; returns the run's exit code."""
+    import json
+
+    from iv2_jax import config as config_lib
+    from iv2_jax.parallel.distributed import start
+    from iv2_jax.train import loop
+
+    config = loop.read_config(args.config, config_lib.split_overrides(args.overrides))
+    if args.show_config:
+        print(json.dumps(config_lib.to_dict(config), indent=2))
+        return loop.EXIT_OK
+    start()
+    return loop.train(config, args.workdir).exit_code

@@ -1,0 +1,371 @@
+"""The one training loop. Stages give parameters, losses and batches; the rest is here.
+
+What wins when a run starts: the newest checkpoint of its own workdir (`resume`), else the weights
+of `init_from` at step 0, else fresh weights. Position in the data, masks and drop path are
+functions of (seed, step), so a run that was stopped goes on with the numbers it would have had.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from clu import metrics as clu_metrics
+from jax.sharding import Mesh
+
+from iv2_jax import config as config_lib
+from iv2_jax.errors import CheckpointError, ConfigError, nearest
+from iv2_jax.parallel import rules
+from iv2_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from iv2_jax.train import checkpoint as checkpoint_lib
+from iv2_jax.train import optim
+from iv2_jax.train.metrics import Clock, MetricWriter
+from iv2_jax.train.program import Program, build_program
+from iv2_jax.train.stage import RunConfig, Stage, config_class
+from iv2_jax.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_ERROR, EXIT_NAN, EXIT_RESTART = 0, 1, 3, 75  # 75: EX_TEMPFAIL, "start me again"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a run ended.
+
+    Attributes:
+      reason: "complete", "stopped" (signal or `stop_after`), "nan" or "unsaved".
+      step: Steps done.
+      exit_code: For the shell; 75 asks to be started again.
+      text: One sentence for people.
+    """
+
+    reason: str
+    step: int
+    exit_code: int
+    text: str
+
+
+def train(config: RunConfig, workdir: str | Path) -> Ending:
+    """Trains to `config.steps` in `workdir`, going on from its newest checkpoint if it has one.
+
+    Returns:
+      Why it ended; the same is logged as the last line.
+
+    Raises:
+      UserError: A config, checkpoint, data or weight file that cannot be used; before step 1
+        wherever it can be known before.
+    """
+    workdir = Path(workdir)
+    try:
+        ending = _train(config, workdir)
+    except BaseException as error:
+        logger.error("run ended: %s: %s", type(error).__name__, str(error).split("\n")[0])
+        raise
+    log = logger.info if ending.exit_code == EXIT_OK else logger.warning
+    log("run ended: %s", ending.text)
+    return ending
+
+
+def _train(config: RunConfig, workdir: Path) -> Ending:
+    """`train` without the last line."""
+    started = time.monotonic()
+    checkpoint_lib.check_writable(workdir)
+    mesh = make_mesh(config.mesh)
+    stage = config.make_stage()
+    program = build_program(config, stage, mesh)
+    plain_config = config_lib.to_dict(config)
+    checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
+    state = _starting_state(config, workdir, program, checkpointer, plain_config)
+    first_step = int(state.step)
+    if first_step >= config.steps:
+        text = f"nothing to do: {workdir} is already at step {first_step} of {config.steps}"
+        return Ending("complete", first_step, EXIT_OK, text)
+    _write_config(workdir, plain_config)
+    if jax.process_index() == 0:
+        logger.info("\n%s", program.report)
+
+    frozen = _put_frozen(stage, mesh)
+    key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
+    writer = MetricWriter(workdir, config.steps, first_step, tensorboard=config.tensorboard)
+    loop = _Loop(config, stage, program, checkpointer, writer, frozen, key, plain_config)
+    try:
+        with _stop_on_signal() as stop:
+            reason, state = loop.run(state, stop)
+    finally:
+        writer.close()
+    return _finish(config, workdir, reason, int(state.step), checkpointer, started)
+
+
+class _Loop:
+    """The steps between start and end of one process's run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: Stage,
+        program: Program,
+        checkpointer: checkpoint_lib.Checkpointer,
+        writer: MetricWriter,
+        frozen: Any,
+        key: jax.Array,
+        plain_config: dict[str, Any],
+    ) -> None:
+        self.config, self.stage, self.program = config, stage, program
+        self.checkpointer, self.writer = checkpointer, writer
+        self.frozen, self.key, self.plain_config = frozen, key, plain_config
+        self.replaced = 0
+        self.bad_metrics: dict[str, float] | None = None
+
+    def run(self, state: TrainState, stop: _StopFlag) -> tuple[str, TrainState]:
+        """Trains from `state` until the last step, a signal, `stop_after` or a NaN."""
+        config = self.config
+        step = first = int(state.step)
+        if first == 0:
+            self.evaluate(state)
+        batches = self.stage.train_batches(first)
+        clock = Clock(config.batch_size, self.stage.tokens_per_clip())
+        pending = None  # metrics of the step before: fetched while the next one runs
+        reason = "complete"
+        while step < config.steps:
+            with clock.waiting():
+                batch = next(batches)
+            self.replaced += int(np.sum(batch.get("replaced", 0)))
+            arrays = to_device(batch, self.stage.host_arrays, self.program.mesh)
+            with jax.transfer_guard("disallow"):
+                state, metrics = self.program.train_step(state, self.frozen, arrays, self.key)
+            step += 1
+            if pending and not self.report(*pending):
+                return "nan", state
+            pending = (step, metrics, clock)
+            if stop.requested or (config.stop_after and step - first >= config.stop_after):
+                reason = "stopped"
+                break
+            if self.eval_due(step) or self.checkpointer.due(step):
+                # A checkpoint must not hold a NaN, so its step is looked at first.
+                if not self.report(*pending):
+                    return "nan", state
+                pending = None
+                if self.eval_due(step):
+                    self.evaluate(state)
+                if self.checkpointer.due(step):
+                    self.save(state)
+        if pending and not self.report(*pending):
+            return "nan", state
+        if reason == "complete":
+            self.evaluate(state)
+        self.save(state)
+        return reason, state
+
+    def eval_due(self, step: int) -> bool:
+        """Whether to evaluate after `step` in mid-run."""
+        every = self.config.eval_every
+        return bool(every) and step % every == 0 and step < self.config.steps
+
+    def report(self, step: int, metrics: dict[str, jax.Array], clock: Clock) -> bool:
+        """Fetches and writes the metrics of a step; False when its loss is not finite."""
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values |= clock.tick(step)
+        values["replaced"] = float(self.replaced)
+        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+        if step % self.config.log_every == 0 or step == self.config.steps or not finite:
+            self.writer.write(step, values)
+        self.writer.advance(step, values)
+        if not finite:
+            self.bad_metrics = values
+            self.writer.say(
+                f"step {step}: loss or gradient is not finite: "
+                + ", ".join(f"{k}={v:g}" for k, v in values.items())
+            )
+        return finite
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Mean of the loss terms over the held-out clips, with the same masks each time.
+
+        The last batch is filled up with repeated clips; it counts by its share of real ones.
+        """
+        averages: dict[str, clu_metrics.Average] = {}
+        batches = self.stage.eval_batches()
+        if self.config.eval_batches:
+            batches = itertools.islice(batches, self.config.eval_batches)
+        for i, batch in enumerate(batches):
+            weight = float(np.mean(batch["valid"])) if "valid" in batch else 1.0
+            arrays = to_device(batch, self.stage.host_arrays, self.program.mesh)
+            key = jax.random.fold_in(self.key, i)
+            metrics = self.program.eval_step(state.params, self.frozen, arrays, key)
+            for name, value in jax.device_get(metrics).items():
+                one = clu_metrics.Average(total=value * weight, count=np.float32(weight))
+                averages[name] = averages[name].merge(one) if name in averages else one
+        values = {name: float(average.compute()) for name, average in averages.items()}
+        if values:
+            self.writer.write(int(state.step), values, kind="eval")
+        return values
+
+    def save(self, state: TrainState) -> None:
+        """Starts an asynchronous checkpoint of `state` and of the position in the data."""
+        data = {"next_batch": int(state.step), "replaced": self.replaced}
+        self.checkpointer.save(state, data, self.plain_config)
+
+
+def _starting_state(
+    config: RunConfig,
+    workdir: Path,
+    program: Program,
+    checkpointer: checkpoint_lib.Checkpointer,
+    plain_config: dict[str, Any],
+) -> TrainState:
+    """Resumed, initialised from a checkpoint, or fresh; says which."""
+    latest = checkpointer.latest_step()
+    if latest is not None:
+        if config.resume == "never":
+            raise CheckpointError(
+                f"{workdir} already holds a run at step {latest}, and resume is 'never'; "
+                "take another --workdir, or resume=auto to go on"
+            )
+        if config.resume != "force":
+            checkpoint_lib.check_same_run(checkpointer.saved_config(), plain_config, workdir)
+        state, data, _ = checkpointer.restore(program.abstract_state)
+        checkpointer.discard_after(int(state.step))
+        logger.info("resumed %s at step %d (data: %s)", workdir, int(state.step), data)
+        return state
+    with jax.transfer_guard("allow"):
+        state = program.init(jax.random.key(config.seed))
+    if config.init_from:
+        params, _ = checkpoint_lib.load_params(config.init_from)
+        params = fit_params(params, program.abstract_state.params, config.init_from)
+        ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
+        state = state.replace(params=params, ema=ema)
+        logger.info("step 0 with the weights of %s (init_from)", config.init_from)
+    else:
+        logger.info("step 0 with fresh weights, seed %d", config.seed)
+    return state
+
+
+def fit_params(params: Any, abstract: Any, source: str) -> Any:
+    """Puts host parameters onto the shardings of `abstract`, which they must match one to one.
+
+    Raises:
+      CheckpointError: Missing, unexpected or mis-shaped parameters; lists the first ten of each.
+    """
+    have = {optim.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    want = {optim.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    problems = [f"  missing: {n}{nearest(n, have)}" for n in sorted(want.keys() - have.keys())[:10]]
+    problems += [f"  unexpected: {n}" for n in sorted(have.keys() - want.keys())[:10]]
+    problems += [
+        f"  {n}: shape {have[n].shape}, expected {want[n].shape}"
+        for n in sorted(have.keys() & want.keys())
+        if tuple(have[n].shape) != tuple(want[n].shape)
+    ][:10]
+    if problems:
+        raise CheckpointError(f"weights of {source} do not fit this model:\n" + "\n".join(problems))
+    return jax.tree_util.tree_map_with_path(
+        lambda p, x: jax.device_put(have[optim.path_name(p)].astype(x.dtype), x.sharding), abstract
+    )
+
+
+def to_device(batch: Any, host_arrays: tuple[str, ...], mesh: Mesh) -> dict[str, jax.Array]:
+    """Global device arrays from this process's rows of a batch."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
+        for name, array in batch.items()
+        if name not in host_arrays
+    }
+
+
+def _put_frozen(stage: Stage, mesh: Mesh) -> Any:
+    """Loads frozen weights onto the mesh, sharded by the same table as trained ones."""
+    boxed = stage.abstract_frozen()
+    tree, _ = rules.shardings(boxed, mesh)
+    return jax.tree.map(jax.device_put, stage.load_frozen(), tree)
+
+
+def _write_config(workdir: Path, plain_config: dict[str, Any]) -> None:
+    """Saves the resolved config beside the run; `iv2 train --config` reads it back."""
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(json.dumps(plain_config, indent=2) + "\n")
+
+
+def _finish(
+    config: RunConfig,
+    workdir: Path,
+    reason: str,
+    step: int,
+    checkpointer: checkpoint_lib.Checkpointer,
+    started: float,
+) -> Ending:
+    """Waits for the last checkpoint and says how the run ended."""
+    saved = checkpointer.wait()
+    latest = checkpointer.latest_step()
+    checkpointer.close()
+    took = f"{(time.monotonic() - started) / 60:.1f} min"
+    if reason == "nan":
+        text = (
+            f"stopped at step {step}: the loss is not finite; the last good checkpoint is step "
+            f"{latest} in {workdir}. Lower optimizer.lr or clip_norm, or look at that batch."
+        )
+        return Ending("nan", step, EXIT_NAN, text)
+    if not saved or latest != step:
+        why = checkpointer.failures[-1] if checkpointer.failures else "unknown"
+        text = f"step {step} is not saved ({why}); the last complete checkpoint is step {latest}"
+        return Ending("unsaved", step, EXIT_ERROR, text)
+    if reason == "stopped":
+        text = (
+            f"stopped on request at step {step} of {config.steps} after {took}; saved in "
+            f"{workdir}, the same command goes on"
+        )
+        return Ending("stopped", step, EXIT_RESTART, text)
+    return Ending("complete", step, EXIT_OK, f"all {step} steps done in {took}; saved in {workdir}")
+
+
+class _StopFlag:
+    """Set by a signal, read between steps."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[_StopFlag]:
+    """SIGTERM and SIGINT ask for a checkpoint and an orderly end; a second one kills at once."""
+    flag = _StopFlag()
+
+    def handler(number: int, frame: Any) -> None:
+        del frame
+        if flag.requested:
+            raise KeyboardInterrupt
+        flag.requested = True
+        logger.warning("%s: stopping after this step", signal.Signals(number).name)
+
+    try:
+        old = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread (a notebook's worker): signals stay as they are
+        old = {}
+    try:
+        yield flag
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+def read_config(spec: str, overrides: dict[str, str]) -> RunConfig:
+    """Reads a config file and the command line's overrides into the stage's run config.
+
+    Raises:
+      ConfigError: See `iv2_jax.config`.
+    """
+    values = config_lib.read_config_file(spec)
+    if "stage" not in values:
+        raise ConfigError(f"{spec}: config.stage is not set")
+    return config_lib.apply_overrides(config_class(values["stage"]), values, overrides)

@@ -1,0 +1,145 @@
+"""One writer for the console (a progress bar), `metrics.jsonl` and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+JSONL = "metrics.jsonl"
+
+
+class MetricWriter:
+    """Writes scalars of process 0; the other processes write nothing.
+
+    `metrics.jsonl` has one object a line: `step`, `kind` ("train" or "eval") and the scalars.
+    After a resume it goes on behind the lines up to the resumed step; later lines, of steps that
+    a killed run did without a checkpoint, are dropped so that no step stands there twice.
+    """
+
+    def __init__(
+        self, workdir: Path, total_steps: int, first_step: int, *, tensorboard: bool = True
+    ) -> None:
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        path = workdir / JSONL
+        kept = [line for line in read_metrics(workdir) if line["step"] <= first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
+        self._file = path.open("a", buffering=1)
+        self._events = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None,  # no bar where the output is no terminal; lines are printed instead
+            file=sys.stderr,
+        )
+
+    def write(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
+        """Writes the scalars of one step everywhere but the bar."""
+        if not self._active:
+            return
+        values = {k: float(v) for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind, **_json_safe(values)}) + "\n")
+        if self._events:
+            for name, value in values.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+        if self._bar.disable or kind == "eval":
+            self.say(f"step {step} {kind}  " + _short(values))
+
+    def advance(self, step: int, values: Mapping[str, float]) -> None:
+        """Moves the bar to `step` and shows the main scalars."""
+        if self._active and not self._bar.disable:
+            self._bar.set_postfix_str(_short(values, limit=4), refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._active:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Flushes and closes the files and the bar."""
+        if not self._active:
+            return
+        self._bar.close()
+        self._file.close()
+        if self._events:
+            self._events.close()
+
+
+def read_metrics(workdir: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; a last line cut off by a kill is left out.
+
+    Args:
+      workdir: The run's folder.
+      kind: Only "train" or only "eval" lines.
+    """
+    path = workdir / JSONL
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # half a line: the process was killed while writing it
+        if kind is None or line["kind"] == kind:
+            lines.append(line)
+    return lines
+
+
+def _json_safe(values: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN or infinity: those become strings."""
+    return {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
+
+
+def _short(values: Mapping[str, float], limit: int = 12) -> str:
+    return "  ".join(f"{k} {v:.4g}" for k, v in list(values.items())[:limit])
+
+
+class Clock:
+    """Throughput and the share of time spent waiting for data, per step."""
+
+    def __init__(self, batch_size: int, tokens_per_clip: int) -> None:
+        self._batch_size, self._tokens = batch_size, tokens_per_clip
+        self._last = time.monotonic()
+        self._last_step: int | None = None
+        self._waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def tick(self, step: int) -> dict[str, float]:
+        """Rates since the last tick; the first one is left out, it holds the compilation."""
+        now = time.monotonic()
+        elapsed = max(now - self._last, 1e-9)
+        steps = 0 if self._last_step is None else step - self._last_step
+        waited, self._waited = self._waited, 0.0
+        self._last, self._last_step = now, step
+        if not steps:
+            return {}
+        clips = steps * self._batch_size / elapsed
+        return {
+            "clips_per_s": clips,
+            "tokens_per_s": clips * self._tokens,
+            "data_wait": min(waited / elapsed, 1.0),
+        }

@@ -1,0 +1,107 @@
+"""A stage laid out on a mesh: the compiled functions of the loop, and the shapes to plan with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from clu import parameter_overview
+from flax.core import meta
+from jax.sharding import Mesh
+
+from iv2_jax.parallel import rules
+from iv2_jax.parallel.mesh import check_batch_size, replicated
+from iv2_jax.train import checkpoint as checkpoint_lib
+from iv2_jax.train import optim
+from iv2_jax.train import state as state_lib
+from iv2_jax.train.stage import RunConfig, Stage
+from iv2_jax.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Program:
+    """A stage on a mesh: what the loop calls, and the shapes a planner can compile ahead of time.
+
+    Attributes:
+      mesh: Device mesh.
+      abstract_state: Shapes, dtypes and shardings of the state.
+      init: key -> fresh state, sharded.
+      train_step: (state, frozen, batch, key) -> (state, metrics); donates the state.
+      eval_step: (params, frozen, batch, key) -> metrics.
+      report: Tables of parameters, groups and sharding, to print.
+    """
+
+    mesh: Mesh
+    abstract_state: TrainState
+    init: Callable[[jax.Array], TrainState]
+    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    eval_step: Callable[..., dict[str, jax.Array]]
+    report: str
+
+
+def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
+    """Lays a stage out on a mesh; allocates nothing.
+
+    Raises:
+      ConfigError: Batch and mesh do not fit, or an optimizer pattern matches nothing.
+    """
+    check_batch_size(config.batch_size, mesh)
+    schedule = optim.learning_rate(config.optimizer, config.steps, config.batch_size)
+    boxed = jax.eval_shape(stage.init_params, jax.random.key(0))
+    param_shardings, rows = rules.shardings(boxed, mesh)
+    abstract_params = meta.unbox(boxed)
+    tx = optim.make_optimizer(config.optimizer, schedule, abstract_params)
+    train_mask = optim.trainable(config.optimizer, abstract_params)
+
+    def create(key: jax.Array) -> TrainState:
+        params = meta.unbox(stage.init_params(key))
+        return state_lib.create(params, tx, with_ema=config.optimizer.ema_decay > 0)
+
+    def train_step(
+        state: TrainState, frozen: Any, batch: Any, key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(key, state.step)
+
+        def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return stage.loss_fn(params, frozen, batch, rng, train=True)
+
+        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        trained = jax.tree.map(lambda g, keep: g if keep else None, grads, train_mask)
+        metrics = {
+            "loss": loss,
+            **terms,
+            "lr": schedule(state.step),
+            "grad_norm": optax.tree.norm(trained),
+        }
+        state = state_lib.apply_gradients(state, grads, tx, config.optimizer.ema_decay)
+        return state, metrics
+
+    def eval_step(params: Any, frozen: Any, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
+        loss, terms = stage.loss_fn(params, frozen, batch, key, train=False)
+        return {"loss": loss, **terms}
+
+    abstract = jax.eval_shape(create, jax.random.key(0))
+    shardings = state_lib.state_shardings(abstract, param_shardings, mesh)
+    whole = replicated(mesh)
+    overview = parameter_overview.get_parameter_overview(
+        abstract_params, include_stats=False, max_lines=60
+    )
+    report = "\n".join(
+        [
+            overview,
+            "optimizer groups:",
+            optim.describe(config.optimizer, abstract_params),
+            f"mesh: {dict(mesh.shape)}; {rules.describe(rows)}",
+        ]
+    )
+    return Program(
+        mesh=mesh,
+        abstract_state=checkpoint_lib.abstract_like(abstract, shardings),
+        init=jax.jit(create, out_shardings=shardings),
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole)),
+        eval_step=jax.jit(eval_step, out_shardings=whole),
+        report=report,
+    )

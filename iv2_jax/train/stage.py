@@ -1,0 +1,137 @@
+"""What a training stage is to the loop, and the config fields that every stage shares."""
+
+from __future__ import annotations
+
+import abc
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import jax
+import numpy as np
+
+from iv2_jax.data.pipeline import DataConfig
+from iv2_jax.errors import ConfigError, nearest
+from iv2_jax.parallel.mesh import MeshConfig
+from iv2_jax.train.checkpoint import CheckpointConfig
+from iv2_jax.train.optim import OptimizerConfig
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
+
+# stage name -> module:class of its run config. A new stage is one file and one line here.
+STAGES = {
+    "distill": "iv2_jax.train.distill:DistillConfig",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(abc.ABC):
+    """Fields of every run; each stage adds its models and losses in a subclass.
+
+    Attributes:
+      stage: Name in `STAGES`.
+      steps: Optimizer steps of the whole run.
+      batch_size: Clips per step over all devices and hosts.
+      data: Training clips.
+      eval_data: Held-out clips, or None for no evaluation in the loop.
+      seed: Of initialisation, data order, masks and drop path.
+      optimizer: Rates and parameter groups.
+      mesh: Device mesh.
+      checkpoint: When to save.
+      init_from: Checkpoint whose weights start the run at step 0 (not a resume).
+      resume: "auto" goes on from the workdir's newest checkpoint if there is one; "never" refuses
+        a workdir that has one; "force" goes on even with another config.
+      log_every: Steps between lines in metrics.jsonl.
+      eval_every: Steps between evaluations; the first and last step are always evaluated.
+      eval_batches: Batches of an evaluation; 0 = all held-out clips.
+      tensorboard: Write event files.
+      stop_after: Stop (with a checkpoint) after so many steps of this process; 0 = go to the end.
+    """
+
+    stage: str
+    steps: int
+    batch_size: int
+    data: DataConfig
+    eval_data: DataConfig | None = None
+    seed: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init_from: str | None = None
+    resume: Literal["auto", "never", "force"] = "auto"
+    log_every: int = 1
+    eval_every: int = 0
+    eval_batches: int = 0
+    tensorboard: bool = True
+    stop_after: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, not {getattr(self, name)}")
+        for name in ("eval_every", "eval_batches", "stop_after"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be >= 0, not {getattr(self, name)}")
+
+    @abc.abstractmethod
+    def make_stage(self) -> Stage:
+        """The stage that this config describes."""
+
+
+class Stage(abc.ABC):
+    """A stage: its parameters, its frozen models and its loss; everything else is the loop's."""
+
+    # Batch arrays that stay on the host (bookkeeping); the rest goes to the devices.
+    host_arrays: ClassVar[tuple[str, ...]] = ("index", "replaced", "valid")
+
+    @abc.abstractmethod
+    def init_params(self, rng: jax.Array) -> Any:
+        """Fresh parameters with logical axis names (boxed); traced, so no I/O."""
+
+    def load_frozen(self) -> Any:
+        """Weights of frozen models as host arrays; {} when there are none.
+
+        Raises:
+          UserError: A weight file is missing or does not fit.
+        """
+        return {}
+
+    @abc.abstractmethod
+    def abstract_frozen(self) -> Any:
+        """Shapes of `load_frozen`, without reading anything."""
+
+    @abc.abstractmethod
+    def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the device arrays of a batch."""
+
+    @abc.abstractmethod
+    def loss_fn(
+        self, params: Any, frozen: Any, batch: Batch, rng: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, Metrics]:
+        """Scalar loss and scalar metrics of a global batch; pure."""
+
+    @abc.abstractmethod
+    def tokens_per_clip(self) -> int:
+        """Tokens that the trained model sees of one clip, for throughput."""
+
+    @abc.abstractmethod
+    def train_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of the batches from `start_step` on."""
+
+    @abc.abstractmethod
+    def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of the held-out batches; empty without `eval_data`."""
+
+
+def config_class(stage: str) -> type[RunConfig]:
+    """The run config dataclass of a stage.
+
+    Raises:
+      ConfigError: Unknown stage, with the nearest name.
+    """
+    if stage not in STAGES:
+        raise ConfigError(f"config.stage {stage!r} is unknown{nearest(str(stage), STAGES)}")
+    module, _, name = STAGES[stage].partition(":")
+    return getattr(importlib.import_module(module), name)
