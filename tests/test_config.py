@@ -63,7 +63,13 @@ def test_mistakes_name_the_field(values, message):
 
 def test_overrides_reach_any_field_and_keep_types():
     overrides = config_lib.split_overrides(
-        ["--config.inner.depth=7", "--config.maybe.rate", "1", "--config.name=7b", "--config.grid=(1,2)"]
+        [
+            "--config.inner.depth=7",
+            "--config.maybe.rate",
+            "1",
+            "--config.name=7b",
+            "--config.grid=(1,2)",
+        ]
     )
     built = config_lib.apply_overrides(Outer, {"name": "x"}, overrides)
     assert built == Outer("7b", Inner(depth=7), maybe=Inner(rate=1.0), grid=(1, 2))
@@ -80,9 +86,7 @@ def test_overrides_reach_any_field_and_keep_types():
 )
 def test_bad_overrides(argument, message):
     with pytest.raises(ConfigError, match=message):
-        config_lib.apply_overrides(
-            Outer, {"name": "x"}, config_lib.split_overrides([argument])
-        )
+        config_lib.apply_overrides(Outer, {"name": "x"}, config_lib.split_overrides([argument]))
 
 
 def test_reads_a_file_with_an_argument(tmp_path):

@@ -14,6 +14,7 @@ and on the host only:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iv2_jax.data.pipeline import make_loader
+from iv2_jax.data.pipeline import DataConfig, make_loader
 from iv2_jax.errors import ConfigError
 from iv2_jax.models import masking, teachers
 from iv2_jax.models.student import AlignmentConfig, Student, StudentConfig, StudentOutput
@@ -238,9 +239,10 @@ class DistillStage(Stage):
         mask_rng, drop_rng = jax.random.split(rng)
         video = batch["video"]
         outputs = self.teach(frozen, video)
-        visible = (
-            batch["visible"] if self._loader_masks else self.draw_visible(outputs, video, mask_rng)
-        )
+        if self._loader_masks:
+            visible = batch["visible"]
+        else:
+            visible = self.draw_visible(self.saliency(outputs, len(video)), mask_rng)
         student = self.student.apply(
             {"params": params},
             normalize(video[:, :: self.config.frame_stride]),
@@ -270,20 +272,18 @@ class DistillStage(Stage):
             outputs[role] = jax.lax.stop_gradient(teacher(frozen[teacher.weights_id], frames))
         return outputs
 
-    def draw_visible(
-        self, outputs: dict[str, TeacherOutput], video: jax.Array, rng: jax.Array
-    ) -> jax.Array:
-        """Draws the visible tokens of each clip: (B, N_visible) int32, sorted, 0 first."""
+    def saliency(self, outputs: dict[str, TeacherOutput], batch_size: int) -> jax.Array:
+        """What guides the mask, on the student's grid: (B, T', H'*W') float32, non-negative."""
         config, grid = self.config.mask, self.config.student.encoder.grid
         if config.kind == "uniform":
-            saliency = masking.uniform_saliency(video.shape[0], grid)
-        else:
-            saliency = masking.resize_saliency(
-                outputs[config.guide].saliency, self._guide_grid(), grid
-            )
+            return masking.uniform_saliency(batch_size, grid)
+        return masking.resize_saliency(outputs[config.guide].saliency, self._guide_grid(), grid)
+
+    def draw_visible(self, saliency: jax.Array, rng: jax.Array) -> jax.Array:
+        """Draws the visible tokens of each clip: (B, N_visible) int32, sorted, 0 first."""
         noise = jax.random.exponential(rng, saliency.shape, saliency.dtype)
         return masking.attention_guided_visible(
-            saliency, noise, self._visible_per_draw(), scope=config.scope
+            saliency, noise, self._visible_per_draw(), scope=self.config.mask.scope
         )
 
     def _terms(
@@ -296,7 +296,7 @@ class DistillStage(Stage):
             aligned, weight = getattr(student, role), getattr(student, f"{role}_weight")
             target = output.tokens
             if heads[role].grid is None or heads[role].grid == self.config.student.encoder.grid:
-                target = distillation.gather_visible(target, visible, has_cls=heads[role].has_cls)
+                target = distillation.gather_targets(target, visible, has_cls=heads[role].has_cls)
             terms[role] = distillation.alignment_loss(aligned, target, weight)
         if student.final is not None:
             terms["final"] = distillation.final_loss(student.final, outputs["clip"].pooled)
@@ -309,10 +309,14 @@ class DistillStage(Stage):
     def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """The held-out clips once, in order."""
         if self.config.eval_data is None:
-            return iter(())
+            return (batch for batch in ())
         return self._loader(self.config.eval_data, 0)
 
-    def _loader(self, data: Any, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+    def _loader(self, data: DataConfig, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        if self._loader_masks:
+            mask = self.config.mask
+            grid = self.config.student.encoder.grid
+            data = dataclasses.replace(data, mask=mask.kind, mask_ratio=mask.ratio, mask_grid=grid)
         return make_loader(
             data,
             seed=self.config.seed,

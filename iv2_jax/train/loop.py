@@ -7,6 +7,7 @@ functions of (seed, step), so a run that was stopped goes on with the numbers it
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -14,7 +15,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,9 @@ def _train(config: RunConfig, workdir: Path) -> Ending:
     try:
         with _stop_on_signal() as stop:
             reason, state = loop.run(state, stop)
+    except BaseException:
+        checkpointer.close()  # what is being written is still finished
+        raise
     finally:
         writer.close()
     return _finish(config, workdir, reason, int(state.step), checkpointer, started)
@@ -130,14 +133,25 @@ class _Loop:
 
     def run(self, state: TrainState, stop: _StopFlag) -> tuple[str, TrainState]:
         """Trains from `state` until the last step, a signal, `stop_after` or a NaN."""
-        config = self.config
-        step = first = int(state.step)
+        first = int(state.step)
         if first == 0:
             self.evaluate(state)
-        batches = self.stage.train_batches(first)
+        with contextlib.closing(self.stage.train_batches(first)) as batches:
+            reason, state = self.steps(state, first, batches, stop)
+        if reason == "nan":
+            return reason, state
+        if reason == "complete":
+            self.evaluate(state)
+        self.save(state)
+        return reason, state
+
+    def steps(
+        self, state: TrainState, first: int, batches: Iterator[Any], stop: _StopFlag
+    ) -> tuple[str, TrainState]:
+        """The steps themselves, with the evaluations and checkpoints between them."""
+        config, step = self.config, first
         clock = Clock(config.batch_size, self.stage.tokens_per_clip())
         pending = None  # metrics of the step before: fetched while the next one runs
-        reason = "complete"
         while step < config.steps:
             with clock.waiting():
                 batch = next(batches)
@@ -149,24 +163,21 @@ class _Loop:
             if pending and not self.report(*pending):
                 return "nan", state
             pending = (step, metrics, clock)
-            if stop.requested or (config.stop_after and step - first >= config.stop_after):
-                reason = "stopped"
-                break
-            if self.eval_due(step) or self.checkpointer.due(step):
-                # A checkpoint must not hold a NaN, so its step is looked at first.
+            stopping = stop.requested or (config.stop_after and step - first >= config.stop_after)
+            if stopping or self.eval_due(step) or self.checkpointer.due(step):
+                # A checkpoint must not hold a NaN, so its own step is looked at first.
                 if not self.report(*pending):
                     return "nan", state
                 pending = None
+                if stopping:
+                    return "stopped", state
                 if self.eval_due(step):
                     self.evaluate(state)
                 if self.checkpointer.due(step):
                     self.save(state)
         if pending and not self.report(*pending):
             return "nan", state
-        if reason == "complete":
-            self.evaluate(state)
-        self.save(state)
-        return reason, state
+        return "complete", state
 
     def eval_due(self, step: int) -> bool:
         """Whether to evaluate after `step` in mid-run."""
@@ -196,17 +207,15 @@ class _Loop:
         The last batch is filled up with repeated clips; it counts by its share of real ones.
         """
         averages: dict[str, clu_metrics.Average] = {}
-        batches = self.stage.eval_batches()
-        if self.config.eval_batches:
-            batches = itertools.islice(batches, self.config.eval_batches)
-        for i, batch in enumerate(batches):
-            weight = float(np.mean(batch["valid"])) if "valid" in batch else 1.0
-            arrays = to_device(batch, self.stage.host_arrays, self.program.mesh)
-            key = jax.random.fold_in(self.key, i)
-            metrics = self.program.eval_step(state.params, self.frozen, arrays, key)
-            for name, value in jax.device_get(metrics).items():
-                one = clu_metrics.Average(total=value * weight, count=np.float32(weight))
-                averages[name] = averages[name].merge(one) if name in averages else one
+        with contextlib.closing(self.stage.eval_batches()) as batches:
+            for i, batch in enumerate(itertools.islice(batches, self.config.eval_batches or None)):
+                weight = float(np.mean(batch["valid"])) if "valid" in batch else 1.0
+                arrays = to_device(batch, self.stage.host_arrays, self.program.mesh)
+                key = jax.random.fold_in(self.key, i)
+                metrics = self.program.eval_step(state.params, self.frozen, arrays, key)
+                for name, value in jax.device_get(metrics).items():
+                    one = clu_metrics.Average(total=value * weight, count=np.float32(weight))
+                    averages[name] = averages[name].merge(one) if name in averages else one
         values = {name: float(average.compute()) for name, average in averages.items()}
         if values:
             self.writer.write(int(state.step), values, kind="eval")
@@ -336,7 +345,7 @@ class _StopFlag:
         self.requested = False
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_on_signal() -> Iterator[_StopFlag]:
     """SIGTERM and SIGINT ask for a checkpoint and an orderly end; a second one kills at once."""
     flag = _StopFlag()

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from iv2_jax.data.pipeline import DataConfig
 from iv2_jax.train.stage import RunConfig, Stage
 
 

@@ -1,0 +1,54 @@
+"""Stage 1 of InternVideo2-1B: InternVL-6B and VideoMAEv2-g distilled into a 1B student.
+
+    iv2 train --config configs/stage1/internvideo2_1b.py --workdir gs://BUCKET/s1_1b \
+        --config.data.source=train_1.1M.csv --config.data.prefix=/data/kmash \
+        --config.clip_teacher.options.weights=internvl_c_13b_224px.pth \
+        --config.mae_teacher.options.weights=vit_g_hybrid_1200e_pre.pth
+
+Recipe: spec stage1 6.2 (batch 4096, 301 epochs of 268 steps, 40 of them warm-up). The mesh is for
+128 chips, 32 clips a chip. Student and optimizer state take about 0.7 GiB a chip; the teachers
+(14 GB in bfloat16 over all) come on top. None of this has been run on hardware.
+"""
+
+from ml_collections import ConfigDict
+
+from iv2_jax import config as config_lib
+from iv2_jax.models import zoo
+
+STEPS_PER_EPOCH = 268
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    student = config_lib.to_dict(zoo.get("internvideo2_1b_pretrain"))
+    student["encoder"] |= {
+        "drop_path_rate": 0.25,
+        "remat": "dots",
+        "precision": {"compute_dtype": "bfloat16"},
+    }
+    bfloat16 = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}
+    return ConfigDict(
+        {
+            "stage": "distill",
+            "steps": 301 * STEPS_PER_EPOCH,
+            "batch_size": 4096,
+            "student": student,
+            "clip_teacher": {"name": "internvl_6b", "options": {"precision": bfloat16}},
+            "mae_teacher": {"name": "videomaev2_g", "options": {"precision": bfloat16}},
+            "mask": {"kind": "attention", "ratio": 0.8, "scope": "frame"},
+            "data": {
+                "source": "train_1.1M.csv",
+                "format": "pretrain",
+                "num_frames": 16,  # the video teacher sees all, the student every second
+                "size": 224,
+            },
+            "optimizer": {
+                "lr": 1.5e-4,
+                "min_lr": 1e-5,
+                "warmup_steps": 40 * STEPS_PER_EPOCH,
+                "clip_norm": 3.0,
+            },
+            "mesh": {"data": 8, "fsdp": 16},
+            "checkpoint": {"every": 5 * STEPS_PER_EPOCH},
+            "log_every": 10,
+        }
+    )

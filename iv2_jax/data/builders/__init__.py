@@ -1,0 +1,1 @@
+"""Packed data sets: bytes of short clips in ArrayRecord, readable by TFDS."""

@@ -1,0 +1,324 @@
+"""Which frames of a clip are taken: the rules of the released code as functions of counts.
+
+Every function returns (T,) int64 indices into the n frames of a clip; add the clip's first frame
+for indices into the file. Random rules take a `numpy.random.Generator`. Rules and check values:
+spec stage1 7.2; `middle`, `spread_random` and `at_rate`: spec stage2 8.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from iv2_jax.errors import ConfigError, nearest
+
+
+def _check(num_available: int, num_frames: int) -> None:
+    """Refuses counts that no rule is made for."""
+    if num_available < 1 or num_frames < 1:
+        raise ValueError(f"{num_frames} of {num_available} frames: both must be at least 1")
+
+
+# -- pretraining -----------------------------------------------------------------------------------
+
+
+def pretrain_window(num_available: int, num_frames: int, length: int, stride: int) -> int:
+    """Number of places a segment's first frame is drawn from; 0 when the clip is too short."""
+    return max(num_available - length * stride + 1, 0) // num_frames
+
+
+def pretrain(
+    num_available: int,
+    num_frames: int,
+    rng: np.random.Generator,
+    *,
+    length: int = 1,
+    stride: int = 1,
+) -> np.ndarray:
+    """One random frame from each of T equal segments; frame 0 throughout when n < T.
+
+    Args:
+      num_available: n, frames of the clip.
+      num_frames: number of segments.
+      rng: source of the draws.
+      length: frames taken from each segment.
+      stride: distance of those frames.
+
+    Returns:
+      (num_frames * length,) indices.
+    """
+    _check(num_available, num_frames)
+    window = pretrain_window(num_available, num_frames, length, stride)
+    if window > 0:
+        firsts = np.arange(num_frames) * window + rng.integers(window, size=num_frames)
+    else:
+        firsts = np.zeros(num_frames, np.int64)
+    return expand_segments(firsts, num_available, length, stride)
+
+
+def expand_segments(firsts: np.ndarray, num_available: int, length: int, stride: int) -> np.ndarray:
+    """The frames of every segment, from its first one on, held at the last frame there is."""
+    steps = np.asarray(firsts, np.int64)[:, None] + np.arange(length) * stride
+    return np.minimum(steps, num_available - 1).reshape(-1)
+
+
+def released_minus_one(indices: np.ndarray, num_available: int) -> np.ndarray:
+    """What the released pretraining loader reads: one frame earlier, -1 being the last frame.
+
+    A 1-based convention that its file list had lost (spec stage1 trap 12). For reproduction only.
+    """
+    shifted = np.asarray(indices, np.int64) - 1
+    return np.where(shifted < 0, num_available - 1, shifted)
+
+
+# -- segments (Kinetics_sparse: K400/600/700/710, MiT, ANet, HACS) --------------------------------
+
+
+def segment_ranges(num_available: int, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last index (included) from which each of the T training frames is drawn."""
+    _check(num_available, num_frames)
+    segment = max(0.0, (num_available - 1) / num_frames)
+    edges = np.round(segment * np.arange(num_frames + 1)).astype(np.int64)
+    return edges[:-1], edges[1:]
+
+
+def segments_train(num_available: int, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """One random frame from each of T segments whose edges overlap by one frame."""
+    low, high = segment_ranges(num_available, num_frames)
+    return np.minimum(rng.integers(low, high, endpoint=True), num_available - 1)
+
+
+def segments_eval(
+    num_available: int, num_frames: int, view: int = 0, num_views: int = 1
+) -> np.ndarray:
+    """The frames of temporal view `view` of `num_views`; one view takes the middle."""
+    _check(num_available, num_frames)
+    segment = max(0.0, (num_available - 1) / num_frames)
+    starts = np.round(segment * np.arange(num_frames)).astype(np.int64)
+    return np.minimum(starts + int(segment / (num_views + 1) * (view + 1)), num_available - 1)
+
+
+# -- dense (Kinetics, UCF101) ---------------------------------------------------------------------
+
+
+def dense_train(
+    num_available: int, num_frames: int, rng: np.random.Generator, *, stride: int = 4
+) -> np.ndarray:
+    """T frames of one random stretch of T * stride frames."""
+    _check(num_available, num_frames)
+    span = num_frames * stride
+    if num_available <= span:
+        return _dense_short(num_available, num_frames, stride)
+    return _dense_at(int(rng.integers(span, num_available)), num_frames, span)
+
+
+def dense_validation(
+    num_available: int, num_frames: int, *, stride: int = 4, released: bool = False
+) -> np.ndarray:
+    """T frames of the middle stretch.
+
+    Args:
+      num_available: n.
+      num_frames: T.
+      stride: mean distance of the frames.
+      released: the released code's stretch, which lies half its length too early and gives
+        negative indices for clips that are little longer than it.
+    """
+    _check(num_available, num_frames)
+    span = num_frames * stride
+    if num_available <= span:
+        return _dense_short(num_available, num_frames, stride)
+    end = (num_available - span) // 2
+    return _dense_at(end if released else end + span, num_frames, span)
+
+
+def dense_test(
+    num_available: int, num_frames: int, view: int = 0, num_views: int = 1, *, stride: int = 4
+) -> np.ndarray:
+    """Temporal view `view` of `num_views` evenly spread stretches; one view takes the middle."""
+    _check(num_available, num_frames)
+    span = num_frames * stride
+    room = max(num_available - span, 0)
+    start = int(view * (room / (num_views - 1))) if num_views > 1 else room // 2
+    taken = np.arange(start, min(start + span, num_available), stride)
+    return np.concatenate([taken, np.full(num_frames - len(taken), taken[-1])])
+
+
+def _dense_short(num_available: int, num_frames: int, stride: int) -> np.ndarray:
+    """A clip that is no longer than the stretch: all of it, then its last frame again."""
+    points = num_available // stride
+    spread = np.linspace(0, num_available, num=points)
+    padded = np.concatenate([spread, np.full(num_frames - points, num_available)])
+    return np.clip(padded, 0, num_available - 1).astype(np.int64)
+
+
+def _dense_at(end: int, num_frames: int, span: int) -> np.ndarray:
+    """T points over the `span` frames before `end`, truncated to whole frames."""
+    start = end - span
+    return np.clip(np.linspace(start, end, num=num_frames), start, end - 1).astype(np.int64)
+
+
+# -- SSv2 and HMDB51 ------------------------------------------------------------------------------
+
+
+def frames_train(num_available: int, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Folders of frames: one random frame a segment; short clips are padded at their beginning."""
+    _check(num_available, num_frames)
+    segment = num_available // num_frames
+    if segment == 0:
+        missing = num_frames - num_available
+        return np.concatenate([np.zeros(missing, np.int64), np.arange(num_available)])
+    return np.arange(num_frames) * segment + rng.integers(segment, size=num_frames)
+
+
+def frames_validation(num_available: int, num_frames: int) -> np.ndarray:
+    """Folders of frames: the middle of each segment."""
+    _check(num_available, num_frames)
+    segment = num_available // num_frames
+    if segment == 0:
+        missing = num_frames - num_available
+        return np.concatenate([np.zeros(missing, np.int64), np.arange(num_available)])
+    return np.arange(num_frames) * segment + segment // 2
+
+
+def frames_test(
+    num_available: int, num_frames: int, view: int = 0, num_views: int = 1, *, hmdb: bool = False
+) -> np.ndarray:
+    """Folders of frames: temporal view `view` of `num_views` interleaved ones.
+
+    Args:
+      num_available: n.
+      num_frames: T.
+      view: which view.
+      num_views: how many.
+      hmdb: HMDB51's rule, which leaves the last frame out of the division.
+    """
+    _check(num_available, num_frames)
+    tick = (num_available - 1 if hmdb else num_available) / num_frames
+    shifts = np.arange(num_views)[:, None] * tick / num_views
+    every = np.sort((shifts + tick * np.arange(num_frames)).astype(np.int64).reshape(-1))
+    return every[view::num_views]
+
+
+def video_train(num_available: int, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Video files: one random frame a segment; frame 0 throughout when n < T."""
+    _check(num_available, num_frames)
+    segment = num_available // num_frames
+    if segment == 0:
+        return np.zeros(num_frames, np.int64)
+    return np.arange(num_frames) * segment + rng.integers(segment, size=num_frames)
+
+
+def video_validation(num_available: int, num_frames: int) -> np.ndarray:
+    """Video files: the middle of each of T equal stretches of time."""
+    _check(num_available, num_frames)
+    tick = num_available / num_frames
+    return (tick / 2 + tick * np.arange(num_frames)).astype(np.int64)
+
+
+def video_test(num_available: int, num_frames: int, view: int) -> np.ndarray:
+    """Video files: view 0 or 1; the rule knows two views only."""
+    if view not in (0, 1):
+        raise ValueError(f"view {view}: this rule has views 0 and 1")
+    starts = (num_available / num_frames * np.arange(num_frames)).astype(np.int64)
+    return np.sort(np.concatenate([video_validation(num_available, num_frames), starts]))[view::2]
+
+
+# -- stage 2 --------------------------------------------------------------------------------------
+
+
+def spread_edges(num_available: int, num_frames: int) -> np.ndarray:
+    """Edges of the min(T, n) intervals that stage 2 divides a clip into."""
+    _check(num_available, num_frames)
+    count = min(num_frames, num_available)
+    return np.linspace(0, num_available, count + 1).astype(np.int64)
+
+
+def middle(num_available: int, num_frames: int, *, shift: int | None = None) -> np.ndarray:
+    """The middle frame of each interval, or its `shift`-th; short clips repeat the last frame."""
+    edges = spread_edges(num_available, num_frames)
+    if shift is None:
+        return _pad((edges[:-1] + edges[1:] - 1) // 2, num_frames)
+    return _pad(np.minimum(edges[:-1] + shift, num_available - 1), num_frames)
+
+
+def spread_random(
+    num_available: int, num_frames: int, rng: np.random.Generator, *, released: bool = False
+) -> np.ndarray:
+    """One random frame of each interval.
+
+    Args:
+      num_available: n.
+      num_frames: T.
+      rng: source of the draws.
+      released: never draw an interval's last frame, and take sorted distinct frames of the whole
+        clip when an interval has a single frame, as the released loader does.
+    """
+    edges = spread_edges(num_available, num_frames)
+    low, high = edges[:-1], edges[1:]
+    if not released:
+        return _pad(rng.integers(low, high), num_frames)
+    if np.any(high - low < 2):
+        return _pad(np.sort(rng.permutation(num_available)[: len(low)]), num_frames)
+    return _pad(rng.integers(low, high - 1), num_frames)
+
+
+def at_rate(
+    num_available: int, fps: float, rate: float, *, max_frames: int | None = None
+) -> np.ndarray:
+    """Frames at the centres of intervals of 1 / rate seconds; may be empty for a short clip.
+
+    Args:
+      num_available: n.
+      fps: frames per second of the clip.
+      rate: frames wanted per second.
+      max_frames: at most so many, the first ones.
+    """
+    step = 1 / rate
+    seconds = np.arange(step / 2, num_available / fps + step / 2, step)
+    indices = np.around(seconds * fps).astype(np.int64)
+    return indices[indices < num_available][:max_frames]
+
+
+def _pad(indices: np.ndarray, num_frames: int) -> np.ndarray:
+    """Repeats the last index until there are T."""
+    return np.concatenate([indices, np.full(num_frames - len(indices), indices[-1])])
+
+
+# -- by name --------------------------------------------------------------------------------------
+
+_Train = Callable[[int, int, np.random.Generator], np.ndarray]
+_Eval = Callable[[int, int, int, int], np.ndarray]
+
+
+def _or_single(single: Callable[[int, int], np.ndarray], several: _Eval) -> _Eval:
+    """Validation's rule for one view, test's for more."""
+
+    def pick(num_available: int, num_frames: int, view: int, num_views: int) -> np.ndarray:
+        if num_views == 1:
+            return single(num_available, num_frames)
+        return several(num_available, num_frames, view, num_views)
+
+    return pick
+
+
+RULES: dict[str, tuple[_Train, _Eval]] = {
+    "pretrain": (pretrain, segments_eval),
+    "segments": (segments_train, segments_eval),
+    "dense": (dense_train, _or_single(dense_validation, dense_test)),
+    "frames": (frames_train, _or_single(frames_validation, frames_test)),
+    "video": (video_train, _or_single(video_validation, frames_test)),
+    "middle": (spread_random, _or_single(middle, segments_eval)),
+}
+
+
+def rule(name: str) -> tuple[_Train, _Eval]:
+    """The (training, evaluation) rule of this name.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if name not in RULES:
+        raise ConfigError(f"sampling {name!r} is not known{nearest(name, RULES)}")
+    return RULES[name]

@@ -1,0 +1,246 @@
+"""The demo, end to end: clips, students, probes, export, report.
+
+Every part that a user would call by hand is called here by its command line, in a process of its
+own; the commands are in the report.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import iv2_jax
+from iv2_jax.demo import report
+from iv2_jax.demo.prepare import PreparedData, prepare
+from iv2_jax.errors import ConfigError, UserError
+from iv2_jax.train.metrics import read_metrics
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONFIG = "configs/demo/stage1.py"
+# The label whose probe is the demo's headline, the first of these that the clips have: what needs
+# motion comes before what a single frame shows.
+HEADLINE_LABELS = ("action", "topic", "label", "game")
+
+
+class DemoError(UserError):
+    """A part of the demo failed; the message names the command."""
+
+
+def run(
+    out: Path,
+    *,
+    data: str | None = None,
+    config: str | None = None,
+    seeds: int = 3,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Runs the demo and writes `report.html` and `summary.json` into `out`.
+
+    Args:
+      out: Folder of everything it writes; runs in it that are complete are not done again.
+      data: A manifest of the user's own clips; default clips from installed packages.
+      config: Stage-1 config file.
+      seeds: Number of students, which differ in initialisation, data order and masks.
+      overrides: `--config.field=value` arguments for every student.
+
+    Returns:
+      The summary.
+
+    Raises:
+      UserError: No usable clips, or a part failed.
+    """
+    if seeds < 1:
+        raise ConfigError(f"--seeds must be >= 1, not {seeds}")
+    out.mkdir(parents=True, exist_ok=True)
+    timeline = Timeline()
+    with timeline.part("clips"):
+        prepared = prepare(out / "data", data=data)
+    config = config or _default_config()
+    runs = [out / f"seed{seed}" for seed in range(seeds)]
+    for seed, workdir in enumerate(runs):
+        with timeline.part(f"training, seed {seed}"):
+            timeline.call(
+                *("train", "--config", config, "--workdir", str(workdir)),
+                f"--config.data.source={prepared.manifest}",
+                f"--config.eval_data.source={prepared.manifest}",
+                f"--config.seed={seed}",
+                *overrides,
+            )
+    probe_file, feature_file = out / "probe.json", out / "features.npz"
+    with timeline.part("probes"):
+        timeline.call(
+            *("eval", "--ckpt", *map(str, runs), "--data", str(prepared.manifest)),
+            *("--out", str(probe_file), "--features", str(feature_file)),
+        )
+    exported = out / "exported"
+    with timeline.part("export and check in PyTorch"):
+        timeline.call("export", "--ckpt", str(runs[0]), "--to", str(exported))
+        difference = check_export(runs[0], exported)
+    summary = summarise(prepared, runs, json.loads(probe_file.read_text()), difference)
+    with timeline.part("report"):
+        summary |= timeline.totals()
+        report.write(out, summary, prepared, runs, timeline.commands)
+    # The report shows the parts before it; the summary counts its own writing too.
+    summary |= timeline.totals()
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+class Timeline:
+    """Seconds of each part, the commands that ran, and the highest memory of the process tree."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self.commands: list[str] = []
+        self._started = time.monotonic()
+        self._peak = 0
+        threading.Thread(target=self._watch_memory, daemon=True).start()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Times what is inside."""
+        logger.info("== %s", name)
+        start = time.monotonic()
+        yield
+        self.parts[name] = time.monotonic() - start
+
+    def call(self, verb: str, *arguments: str) -> None:
+        """Runs `iv2 VERB ...` as a user would.
+
+        Raises:
+          DemoError: It ended with another exit code than 0.
+        """
+        self.commands.append("iv2 " + " ".join(map(shlex.quote, (verb, *arguments))))
+        logger.info("$ %s", self.commands[-1])
+        code = subprocess.run([sys.executable, "-m", "iv2_jax.cli", verb, *arguments]).returncode
+        if code:
+            raise DemoError(f"this ended with exit code {code}: {self.commands[-1]}")
+
+    def totals(self) -> dict[str, Any]:
+        """`seconds`, `peak_rss_gb` and the seconds of each part."""
+        return {
+            "seconds": round(time.monotonic() - self._started, 1),
+            "peak_rss_gb": round(self._peak / 2**30, 2),
+            "parts": {name: round(seconds, 1) for name, seconds in self.parts.items()},
+        }
+
+    def _watch_memory(self) -> None:
+        """Adds up resident memory of this process and its children (shared pages count twice)."""
+        me = psutil.Process()
+        while True:
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    total += process.memory_info().rss
+                except psutil.Error:
+                    continue  # it ended between being listed and being asked
+            self._peak = max(self._peak, total)
+            time.sleep(0.5)
+
+
+def _default_config() -> str:
+    """The demo's config in this clone.
+
+    Raises:
+      ConfigError: The package was installed without its clone.
+    """
+    path = Path(iv2_jax.__file__).resolve().parents[1] / DEFAULT_CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{DEFAULT_CONFIG} is not here; run from a clone, or pass --config")
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def check_export(workdir: Path, exported: Path, clips: int = 4) -> float | None:
+    """Largest difference between Flax and the exported folder in PyTorch on held-out clips.
+
+    None, with a message, where PyTorch is not installed.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("torch") is None:
+        logger.warning("PyTorch is not installed (pip install 'iv2_jax[torch]'): export unchecked")
+        return None
+    from iv2_jax.interop.export import verify_export
+    from iv2_jax.train import checkpoint, loop
+
+    params, values = checkpoint.load_params(workdir)
+    stage = loop.read_config(str(workdir / "config.json"), {}).make_stage()
+    batch = next(iter(stage.eval_batches()))
+    stride = stage.config.frame_stride
+    difference = verify_export(exported, params, values, batch["video"][:clips, ::stride])
+    logger.info("largest difference between Flax and PyTorch: %.2e", difference)
+    return float(difference)
+
+
+def headline(labels: Sequence[str]) -> str:
+    """The label that `probe` and `probe_random` of the summary are about."""
+    return next((name for name in HEADLINE_LABELS if name in labels), sorted(labels)[0])
+
+
+def summarise(
+    prepared: PreparedData, runs: Sequence[Path], probes: dict[str, Any], difference: float | None
+) -> dict[str, Any]:
+    """The numbers of the demo; see `docs/demo.md` for what each says."""
+    label = headline(list(probes["labels"]))
+    losses = [[line["loss"] for line in read_metrics(run, "eval")] for run in runs]
+    final = read_metrics(runs[0], "train")[-1]
+
+    def scores(trained: bool, kind: str, name: str) -> list[float]:
+        return [r[kind] for r in probes["rows"] if r["trained"] == trained and r["label"] == name]
+
+    by_label = {
+        name: about
+        | {
+            f"{kind}{'' if trained else '_random'}": scores(trained, kind, name)
+            for kind in ("linear", "knn")
+            for trained in (True, False)
+        }
+        for name, about in probes["labels"].items()
+    }
+    return {
+        "loss_first": losses[0][0],
+        "loss_last": losses[0][-1],
+        "loss_first_seeds": [seed[0] for seed in losses],
+        "loss_last_seeds": [seed[-1] for seed in losses],
+        "probe_label": label,
+        "probe": scores(True, "linear", label),
+        "probe_random": scores(False, "linear", label),
+        "probes": by_label,
+        "export_max_abs_diff": difference,
+        "clips_per_s": final.get("clips_per_s"),
+        "data_wait": final.get("data_wait"),
+        "data_source": prepared.source,
+        "clips": prepared.counts,
+    }
+
+
+def closing_lines(summary: dict[str, Any], out: Path) -> str:
+    """What the demo prints last."""
+
+    def mean(values: Sequence[float]) -> str:
+        return f"{sum(values) / len(values):.3f}"
+
+    difference = summary["export_max_abs_diff"]
+    checked = "not checked" if difference is None else f"differs by at most {difference:.1e}"
+    return "\n".join(
+        [
+            f"held-out loss  {summary['loss_first']:.3f} -> {summary['loss_last']:.3f}",
+            f"probe ({summary['probe_label']})  trained {mean(summary['probe'])}, random weights "
+            f"{mean(summary['probe_random'])}, mean of {len(summary['probe'])} seeds",
+            f"export in PyTorch  {checked}",
+            f"took {summary['seconds'] / 60:.1f} min and {summary['peak_rss_gb']:.1f} GB",
+            f"report: {out / 'report.html'}",
+        ]
+    )

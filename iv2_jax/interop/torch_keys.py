@@ -1,0 +1,217 @@
+"""The one table between our parameter tree and the original's PyTorch keys, used both ways.
+
+A rule is (path of ours, torch key, layout); `entries` explains layouts and converts. A `{}` in a
+torch key numbers the slices of our leading axis. Source of the torch names: spec stage1 8.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from iv2_jax.interop.entries import (
+    Entry,
+    Rule,
+    abstract_params,
+    build_entries,
+    from_torch,
+    to_torch,
+    torch_shapes,
+)
+
+if TYPE_CHECKING:
+    from iv2_jax.models.student import AlignmentConfig, StudentConfig
+    from iv2_jax.models.teachers.videomae import VideoMAEConfig
+    from iv2_jax.models.video_encoder import EncoderConfig
+
+__all__ = [
+    "HEADS",
+    "Entry",
+    "abstract_params",
+    "encoder_map",
+    "from_torch",
+    "student_map",
+    "to_torch",
+    "torch_shapes",
+    "videomae_map",
+]
+
+# What released checkpoints hold beside the encoder, for those who want the encoder alone.
+HEADS = {
+    r"(clip_|mae_|img_)pos_embed.*": "positions of alignment heads and images",
+    r"(clip|mae|final_clip)_decoder\..*": "alignment decoders",
+    r"(fc_norm|head)\..*": "classifier",
+}
+
+# Axes of the layouts: D width; N tokens with CLS, L without; S patches of a frame; T temporal
+# slots; t y x c axes of a patch; s one of q, k, v; h d heads and head width; M MLP width; p e heads
+# and head width of the pool; P pooled width; C target width.
+
+
+def encoder_map(
+    config: EncoderConfig, *, path_prefix: str = "", key_prefix: str = ""
+) -> list[Entry]:
+    """Lists the entries of the video encoder with its attention pool (spec stage1 2 and 8).
+
+    Args:
+        config: the encoder's config; also that of the InternVL tower (`num_frames=1`).
+        path_prefix: put before every path of ours, such as `encoder/`.
+        key_prefix: put before every torch key, such as `vision_encoder.`.
+
+    Returns:
+        Entries in the order of the original's modules.
+    """
+    rules = [
+        ("cls_token", "cls_token", "1 1 D"),
+        *_position_rules("pos_embed", config.separable_positions, with_cls=True),
+        ("patch_embed/kernel", "patch_embed.proj.weight", "t y x c D -> D c t y x"),
+        ("patch_embed/bias", "patch_embed.proj.bias", "D"),
+    ]
+    block = [
+        ("norm1/scale", "norm1.weight", "D"),
+        ("attn/qkv/kernel", "attn.qkv.weight", "D s h d -> (s h d) D"),
+        *([("attn/qkv/bias", "attn.qkv.bias", "s h d -> (s h d)")] if config.qkv_bias else []),
+        ("attn/proj/kernel", "attn.proj.weight", "h d D -> D (h d)"),
+        ("attn/proj/bias", "attn.proj.bias", "D"),
+        *([("attn/q_norm/scale", "attn.q_norm.weight", "D")] if config.qk_norm else []),
+        *([("attn/k_norm/scale", "attn.k_norm.weight", "D")] if config.qk_norm else []),
+        ("ls1/gamma", "ls1.gamma", "D"),
+        ("norm2/scale", "norm2.weight", "D"),
+        *_dense_rules("mlp/fc1", "mlp.fc1", "D", "M"),
+        *_dense_rules("mlp/fc2", "mlp.fc2", "M", "D"),
+        ("ls2/gamma", "ls2.gamma", "D"),
+    ]
+    rules += [(f"blocks/{path}", f"blocks.{{}}.{key}", layout) for path, key, layout in block]
+    for name in "qkv":
+        rules += _norm_rules(f"pool/norm_{name}", f"clip_projector.norm1_{name}", "D")
+    for name in "qkv":
+        rules += [
+            (f"pool/{name}/bias", f"clip_projector.cross_attn.{name}_bias", "p e -> (p e)"),
+            (
+                f"pool/{name}/kernel",
+                f"clip_projector.cross_attn.{name}.weight",
+                "D p e -> (p e) D",
+            ),
+        ]
+    rules += [
+        ("pool/proj/kernel", "clip_projector.cross_attn.proj.weight", "p e P -> P (p e)"),
+        ("pool/proj/bias", "clip_projector.cross_attn.proj.bias", "P"),
+    ]
+    return build_entries(rules, _encoder_sizes(config), config.depth, path_prefix, key_prefix)
+
+
+def student_map(config: StudentConfig) -> list[Entry]:
+    """Lists the entries of the stage-1 or distilled student (spec stage1 3.2, 5 and 8)."""
+    encoder = config.encoder
+    sizes = _encoder_sizes(encoder)
+    separable = encoder.separable_positions
+    entries = encoder_map(encoder, path_prefix="encoder/")
+    for name, branch in (("clip", config.clip), ("mae", config.mae)):
+        if branch is None:
+            continue
+        positions = _position_rules(f"{name}_pos_embed", separable, with_cls=branch.has_cls)
+        entries += build_entries(positions, sizes, 0)
+        entries += _decoder_entries(name, branch, encoder.width)
+    if config.final_width:
+        rules = _decoder_rules("final_clip_decoder", "final_clip_decoder", config.final_decoder)
+        final = {"D": encoder.pool_width, "C": config.final_width}
+        entries += build_entries(rules, final, 0)
+    return entries
+
+
+def videomae_map(config: VideoMAEConfig, *, key_prefix: str = "") -> list[Entry]:
+    """Lists the entries of the VideoMAEv2 teacher (spec stage1 4.2 and 8).
+
+    Args:
+        config: the teacher's config.
+        key_prefix: put before every torch key; the original file has `encoder.`.
+
+    Returns:
+        Entries in the order of the original's modules.
+    """
+    rules = [
+        ("patch_embed/kernel", "patch_embed.proj.weight", "t y x c D -> D c t y x"),
+        ("patch_embed/bias", "patch_embed.proj.bias", "D"),
+    ]
+    block = [
+        *_norm_rules("norm1", "norm1", "D"),
+        ("attn/q_bias", "attn.q_bias", "h d -> (h d)"),
+        ("attn/v_bias", "attn.v_bias", "h d -> (h d)"),
+        ("attn/qkv/kernel", "attn.qkv.weight", "D s h d -> (s h d) D"),
+        ("attn/proj/kernel", "attn.proj.weight", "h d D -> D (h d)"),
+        ("attn/proj/bias", "attn.proj.bias", "D"),
+        *_norm_rules("norm2", "norm2", "D"),
+        *_dense_rules("mlp/fc1", "mlp.fc1", "D", "M"),
+        *_dense_rules("mlp/fc2", "mlp.fc2", "M", "D"),
+    ]
+    rules += [(f"blocks/{path}", f"blocks.{{}}.{key}", layout) for path, key, layout in block]
+    rules += _norm_rules("norm", "norm", "D")
+    return build_entries(rules, _trunk_sizes(config), config.depth, "", key_prefix)
+
+
+def _encoder_sizes(config: EncoderConfig) -> dict[str, int]:
+    """Axis sizes of the encoder's layouts."""
+    frames, rows, columns = config.grid
+    return _trunk_sizes(config) | {
+        "N": 1 + frames * rows * columns,
+        "L": frames * rows * columns,
+        "S": rows * columns,
+        "T": frames,
+        "p": config.pool_heads,
+        "e": config.width // config.pool_heads,
+        "P": config.pool_width,
+    }
+
+
+def _trunk_sizes(config: EncoderConfig | VideoMAEConfig) -> dict[str, int]:
+    """Axis sizes shared by the encoder and VideoMAE."""
+    return {
+        "D": config.width,
+        "M": config.mlp_width,
+        "h": config.num_heads,
+        "d": config.width // config.num_heads,
+        "s": 3,
+        "t": config.tubelet,
+        "y": config.patch_size,
+        "x": config.patch_size,
+        "c": 3,
+    }
+
+
+def _position_rules(name: str, separable: bool, *, with_cls: bool) -> list[Rule]:
+    """Rules of a joint or separable position table."""
+    if not separable:
+        return [(name, name, "1 N D" if with_cls else "1 L D")]
+    rules = [
+        (f"{name}_spatial", f"{name}_spatial", "1 S D"),
+        (f"{name}_temporal", f"{name}_temporal", "1 T D"),
+    ]
+    return rules + ([(f"{name}_cls", f"{name}_cls", "1 1 D")] if with_cls else [])
+
+
+def _norm_rules(path: str, key: str, axis: str) -> list[Rule]:
+    """Rules of a LayerNorm."""
+    return [(f"{path}/scale", f"{key}.weight", axis), (f"{path}/bias", f"{key}.bias", axis)]
+
+
+def _dense_rules(path: str, key: str, inputs: str, outputs: str) -> list[Rule]:
+    """Rules of a linear layer with bias."""
+    return [
+        (f"{path}/kernel", f"{key}.weight", f"{inputs} {outputs} -> {outputs} {inputs}"),
+        (f"{path}/bias", f"{key}.bias", outputs),
+    ]
+
+
+def _decoder_rules(path: str, key: str, kind: str) -> list[Rule]:
+    """Rules of an alignment decoder, `linear` or `mlp` (spec stage1 3.2)."""
+    if kind == "linear":
+        dense = _dense_rules(f"{path}/fc", f"{key}.head", "D", "C")
+    else:
+        dense = _dense_rules(f"{path}/fc1", f"{key}.head.0", "D", "D'")
+        dense += _dense_rules(f"{path}/fc2", f"{key}.head.2", "D", "C")
+    return dense + _norm_rules(f"{path}/norm", f"{key}.norm", "C")
+
+
+def _decoder_entries(name: str, branch: AlignmentConfig, width: int) -> list[Entry]:
+    """Entries of the K stacked decoders of a branch."""
+    rules = _decoder_rules(f"{name}_decoder", f"{name}_decoder.{{}}", branch.decoder)
+    return build_entries(rules, {"D": width, "C": branch.width}, len(branch.layers))

@@ -1,0 +1,304 @@
+"""The InternVideo2 video encoder: a ViT over space-time patches with an attentive pool."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from iv2_jax.errors import ConfigError
+from iv2_jax.models import positions
+from iv2_jax.models.attention import AttentionPool
+from iv2_jax.models.block_stack import REMAT_POLICIES, Block, resolve_layers, scan_blocks
+from iv2_jax.models.layers import PatchEmbed, Precision, boxed, kernel_init
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Shape and options of a `VideoEncoder` (spec stage1 sections 1 and 2).
+
+    Attributes:
+        width: features of a token.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        mlp_width: hidden size of a block's MLP.
+        patch_size: height and width of a patch in pixels.
+        tubelet: frames of a patch.
+        image_size: height and width of a frame in pixels.
+        num_frames: frames of a clip.
+        pool_heads: heads of the attentive pool.
+        pool_width: size of the pooled vector.
+        qkv_bias: bias on queries, keys and values.
+        qk_norm: RMS-normalise queries and keys over the width.
+        layer_scale_init: starting value of LayerScale.
+        drop_path_rate: DropPath probability of the last block, growing linearly from 0.
+        separable_positions: spatial + temporal tables instead of one joint table.
+        tanh_gelu: tanh form of GELU in the blocks; the released weights need it (spec 2.6).
+        remat: what the backward pass recomputes: 'none', 'dots' or 'full'.
+        scan_unroll: blocks in one iteration of the scan over depth.
+        precision: dtypes.
+
+    Raises:
+        ConfigError: a value is out of range or does not fit another; the message names both.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_width: int
+    patch_size: int = 14
+    tubelet: int = 1
+    image_size: int = 224
+    num_frames: int = 8
+    pool_heads: int = 16
+    pool_width: int = 768
+    qkv_bias: bool = False
+    qk_norm: bool = True
+    layer_scale_init: float = 1e-5
+    drop_path_rate: float = 0.0
+    separable_positions: bool = False
+    tanh_gelu: bool = True
+    remat: str = "none"
+    scan_unroll: int = 1
+    precision: Precision = dataclasses.field(default_factory=Precision)
+
+    def __post_init__(self) -> None:
+        for field in _SIZES:
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{field}={value!r}: a whole number of at least 1 is needed")
+        for field, divisor in _MULTIPLES:
+            if getattr(self, field) % getattr(self, divisor):
+                raise ConfigError(
+                    f"{field}={getattr(self, field)} is not a multiple of "
+                    f"{divisor}={getattr(self, divisor)}"
+                )
+        step = 4 if self.separable_positions else 16
+        if self.width % step:
+            raise ConfigError(
+                f"width={self.width}: sine-cosine positions need a multiple of {step} "
+                f"with separable_positions={self.separable_positions}"
+            )
+        if not 0.0 <= self.drop_path_rate < 1.0:
+            raise ConfigError(f"drop_path_rate={self.drop_path_rate}: must be in [0, 1)")
+        if self.remat not in REMAT_POLICIES:
+            raise ConfigError(f"remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Patches of a clip along time, height and width."""
+        side = self.image_size // self.patch_size
+        return self.num_frames // self.tubelet, side, side
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a clip."""
+        return math.prod(self.grid)
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches and the class token."""
+        return 1 + self.num_patches
+
+
+_SIZES = (
+    "width",
+    "depth",
+    "num_heads",
+    "mlp_width",
+    "patch_size",
+    "tubelet",
+    "image_size",
+    "num_frames",
+    "pool_heads",
+    "pool_width",
+    "scan_unroll",
+)
+_MULTIPLES = (
+    ("width", "num_heads"),
+    ("width", "pool_heads"),
+    ("image_size", "patch_size"),
+    ("num_frames", "tubelet"),
+)
+
+
+@flax.struct.dataclass
+class EncoderOutput:
+    """What the encoder gives; N tokens are the visible ones, class token first.
+
+    Attributes:
+        tokens: `(B, N, D)` residual stream after the last block (there is no final norm).
+        pooled: `(B, pool_width)`.
+        pool_attention: `(B, N)` float32, the pool's attention averaged over heads.
+        features: `(K, B, N, D)` residual stream after each asked-for block, ascending, or None.
+    """
+
+    tokens: jax.Array
+    pooled: jax.Array
+    pool_attention: jax.Array
+    features: jax.Array | None = None
+
+
+def position_params(
+    module: nn.Module, name: str, config: EncoderConfig, *, has_cls: bool
+) -> jax.Array:
+    """Creates learnable positions, sine-cosine at the start, on `module` (spec stage1 2.2).
+
+    Joint positions are one parameter `name` `(1, N, D)`; separable ones are `name_spatial`
+    `(1, H*W, D)`, `name_temporal` `(1, T, D)` and, with a class token, `name_cls` `(1, 1, D)`.
+
+    Args:
+        module: owner of the parameters, within its `setup`.
+        name: name of the parameter, or its prefix.
+        config: shape of the token grid.
+        has_cls: puts a row for the class token in front.
+
+    Returns:
+        `(N, D)`, N = has_cls + T*H*W.
+    """
+    frames, height, columns = config.grid
+    dtype = jnp.dtype(config.precision.param_dtype)
+
+    def table(suffix: str, value: np.ndarray) -> jax.Array:
+        init = boxed(lambda _, shape, dtype: jnp.asarray(value, dtype), None, "tokens", "embed")
+        return module.param(name + suffix, init, value.shape, dtype)
+
+    if not config.separable_positions:
+        return table("", positions.sincos_3d(config.width, config.grid, has_cls=has_cls)[None])[0]
+    spatial = table("_spatial", positions.sincos_2d(config.width, (height, columns))[None])
+    temporal = table("_temporal", positions.sincos_1d(config.width, frames)[None])
+    joint = (temporal[0, :, None] + spatial).reshape(-1, config.width)
+    if has_cls:
+        cls = table("_cls", np.zeros((1, 1, config.width), np.float32))
+        joint = jnp.concatenate([cls[0], joint])
+    return joint
+
+
+class VideoEncoder(nn.Module):
+    """Patch embedding, blocks and attentive pool over all or some tokens of a clip.
+
+    Attributes:
+        config: shape and options.
+    """
+
+    config: EncoderConfig
+
+    def setup(self) -> None:
+        """Makes the layers; `blocks` is one block whose parameters the scan stacks."""
+        c = self.config
+        self.patch_embed = PatchEmbed(c.width, c.patch_size, c.tubelet, c.precision)
+        self.cls_token = self.param(
+            "cls_token",
+            boxed(kernel_init, None, None, "embed"),
+            (1, 1, c.width),
+            jnp.dtype(c.precision.param_dtype),
+        )
+        self.positions = position_params(self, "pos_embed", c, has_cls=True)
+        self.blocks = Block(
+            c.width,
+            c.num_heads,
+            c.mlp_width,
+            qkv_bias=c.qkv_bias,
+            qk_norm=c.qk_norm,
+            layer_scale_init=c.layer_scale_init,
+            tanh_gelu=c.tanh_gelu,
+            precision=c.precision,
+        )
+        self.pool = AttentionPool(c.width, c.pool_heads, c.pool_width, c.precision)
+
+    def embed_patches(self, video: jax.Array) -> jax.Array:
+        """Embeds every patch of a clip, without class token and positions.
+
+        Args:
+            video: `(B, T, H, W, 3)` normalised pixels.
+
+        Returns:
+            `(B, T' * H' * W', D)`.
+        """
+        return self.patch_embed(self._checked(video))
+
+    def embed(self, video: jax.Array, visible: jax.Array | None = None) -> jax.Array:
+        """Makes the tokens that enter the first block.
+
+        Only the pixels of visible patches are embedded; the result equals embedding all patches
+        and dropping the hidden ones.
+
+        Args:
+            video: `(B, T, H, W, 3)` normalised pixels.
+            visible: int `(B, N)` token numbers, class token (0) first; None for all tokens.
+
+        Returns:
+            `(B, N, D)`.
+
+        Raises:
+            ConfigError: the video does not have the size the config says.
+        """
+        video = self._checked(video)
+        table = self.positions.astype(self.config.precision.compute_dtype)
+        if visible is None:
+            tokens, table = self.patch_embed(video), table[None]
+        else:
+            tokens, table = self.patch_embed(video, visible[:, 1:] - 1), _rows(table, visible)
+        cls = jnp.broadcast_to(
+            self.cls_token.astype(tokens.dtype), (len(video), 1, tokens.shape[2])
+        )
+        return jnp.concatenate([cls, tokens], axis=1) + table
+
+    def __call__(
+        self,
+        video: jax.Array,
+        visible: jax.Array | None = None,
+        *,
+        return_layers: tuple[int, ...] = (),
+        train: bool = False,
+    ) -> EncoderOutput:
+        """Encodes a clip.
+
+        Args:
+            video: `(B, T, H, W, 3)` normalised pixels.
+            visible: int `(B, N)` sorted token numbers, the class token (0) always among them;
+                None for all tokens.
+            return_layers: blocks whose outputs are returned, ascending; negative numbers count
+                from the end.
+            train: turns DropPath on (rng stream `droppath`).
+
+        Returns:
+            `EncoderOutput`.
+
+        Raises:
+            ConfigError: the video does not have the size the config says, or a layer is unknown.
+        """
+        c = self.config
+        tokens, features = scan_blocks(
+            self.blocks,
+            self.embed(video, visible),
+            depth=c.depth,
+            return_layers=resolve_layers(return_layers, c.depth, "return_layers"),
+            drop_path_rate=c.drop_path_rate,
+            remat=c.remat,
+            unroll=c.scan_unroll,
+            train=train,
+        )
+        pooled, attention = self.pool(tokens)
+        return EncoderOutput(tokens, pooled, attention, features)
+
+    def _checked(self, video: jax.Array) -> jax.Array:
+        """Refuses a video of another size than the config's."""
+        c = self.config
+        expected = (c.num_frames, c.image_size, c.image_size, 3)
+        if video.ndim != 5 or video.shape[1:] != expected:
+            raise ConfigError(
+                f"video has shape {tuple(video.shape)}; num_frames={c.num_frames} and "
+                f"image_size={c.image_size} need (B, {', '.join(map(str, expected))})"
+            )
+        return video
+
+
+def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of `(N, D)` by int `(B, M)`; out of range gives NaN."""
+    return jnp.take(table, index, axis=0, mode="fill", fill_value=jnp.nan)
