@@ -13,6 +13,7 @@ ratio ignored (as in the released code's loaders).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -155,11 +156,32 @@ class VideoReader:
             )
         wanted = np.unique(chosen)
         frames = None
-        if table.exact and packets.trusted(self._container, self._stream):
-            frames = self._read_by_timestamp(table, wanted)
-        if frames is None:
-            frames = self._read_in_order(table, wanted)
+        with _named_errors(self.name):
+            if table.exact and packets.trusted(self._container, self._stream):
+                frames = self._read_by_timestamp(table, wanted)
+            if frames is None:
+                frames = self._read_in_order(table, wanted)
         return np.stack([frames[i] for i in chosen.tolist()])
+
+    def walk(self) -> Iterator[tuple[float, np.ndarray]]:
+        """Decodes the stretch in order: (second from the file's start, (H, W, 3) uint8 upright).
+
+        Raises:
+          DecodeError: a frame in the middle does not decode.
+        """
+        first: dict[int, np.ndarray] = {}
+        with _named_errors(self.name):
+            table = self._countable(self._table)
+            for count, frame in enumerate(self._frames_in_order(table)):
+                at = count - table.first
+                if at >= len(table.times):
+                    break
+                if at >= 0:
+                    pixels = self._to_rgb(frame, first)
+                    first.setdefault(0, pixels)
+                    yield float(table.times[at]), pixels
+        if not first:
+            raise DecodeError(self.name, "no frame of it decodes")
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -193,7 +215,8 @@ class VideoReader:
     def _table(self) -> packets.PacketTable:
         """The packet table, made on first use."""
         if self._table_cache is None:
-            self._table_cache = self._scan()
+            with _named_errors(self.name):
+                self._table_cache = self._scan()
         return self._table_cache
 
     def _scan(self, *, may_seek: bool = True) -> packets.PacketTable:
@@ -271,12 +294,7 @@ class VideoReader:
         self, table: packets.PacketTable, wanted: np.ndarray
     ) -> dict[int, np.ndarray]:
         """Decodes from the first packet on and counts; stops after the last wanted frame."""
-        if table.sought:  # what comes out after a jump cannot be counted
-            length = len(table.times)
-            self._rewind()
-            table = self._table_cache = self._scan(may_seek=False)
-            if len(table.times) != length:
-                raise DecodeError(self.name, "its timestamps contradict each other")
+        table = self._countable(table)
         last = int(wanted[-1]) + table.first
         targets = set(wanted.tolist())
         got: dict[int, np.ndarray] = {}
@@ -289,6 +307,16 @@ class VideoReader:
                 break
         self._fill_tail(got, wanted, count - table.first, len(table.times))
         return got
+
+    def _countable(self, table: packets.PacketTable) -> packets.PacketTable:
+        """A table from the first packet on: what comes out after a jump cannot be counted."""
+        if not table.sought:
+            return table
+        self._rewind()
+        whole = self._table_cache = self._scan(may_seek=False)
+        if len(whole.times) != len(table.times):
+            raise DecodeError(self.name, "its timestamps contradict each other")
+        return whole
 
     def _frames_in_order(self, table: packets.PacketTable) -> Iterator[av.VideoFrame]:
         """Every frame; errors are allowed in the last packets of a cut file only."""
@@ -332,6 +360,15 @@ class VideoReader:
         rgb = self._rgb.reformat(frame, width=width, height=height, format="rgb24", threads=1)
         pixels = rgb.to_ndarray()
         return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Gives FFmpeg's errors the name of the file."""
+    try:
+        yield
+    except av.error.FFmpegError as e:
+        raise DecodeError(name, f"cannot be decoded: {packets.reason(e)}") from e
 
 
 class _Suspect(Exception):

@@ -201,14 +201,15 @@ def _fits(text: str, format: str, separator: str) -> bool:
 def _fitting_separator(text: str, format: str, name: str | os.PathLike[str]) -> str:
     """The separator that gives the first line the right number of columns."""
     first = next(iter(text.strip().splitlines()), "")
-    wanted = len(_FORMATS[format].columns)
-    fitting = [s for s in SEPARATORS if len(next(csv.reader([first], delimiter=s), [])) == wanted]
     if not first:
         return SEPARATORS[0]
+    columns = _FORMATS[format].columns
+    fitting = [s for s in SEPARATORS if len(next(_split(first, s))[1]) == len(columns)]
+    if len(fitting) > 1:  # a path with spaces in a comma-separated list, say
+        fitting = [s for s in fitting if _fits(first, format, s)]
     if len(fitting) != 1:
         raise DataError(
-            f"{name}: line 1: format {format!r} has {wanted} columns "
-            f"({' '.join(_FORMATS[format].columns)}); {first[:80]!r} does not split into them at "
-            "space, comma or tab alone: pass separator="
+            f"{name}: line 1: format {format!r} has {len(columns)} columns ({' '.join(columns)}); "
+            f"{first[:80]!r} does not split into them at space, comma or tab alone: pass separator="
         )
     return fitting[0]

@@ -16,6 +16,7 @@ remembered between steps: resuming at step k means `start_step=k`, on any number
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import shutil
 import sys
@@ -49,6 +50,7 @@ class DataConfig:
       split: only the clips of this split.
       num_frames: T, frames of a view.
       sampling: rule that picks them, see `sampling.RULES`.
+      stride: distance of the frames for the rule `dense`.
       released_minus_one: the released pretraining loader's frames, each one too early.
       size: S, side of the pictures.
       short_side: evaluation: short side before the centre crop; None = `size`.
@@ -66,7 +68,8 @@ class DataConfig:
       prefetch: batches kept ready (by each worker).
       max_bad_share: share of rows that may be replaced before a `DataError`.
       max_tries: undecodable clips in a row before a `DataError`.
-      bad_clip_log: JSONL file on a local disk that names bad clips; empty = stderr only.
+      bad_clip_log: JSONL file on a local disk that names bad clips; empty = stderr only. With
+        several processes their number goes before the extension.
     """
 
     source: str
@@ -76,6 +79,7 @@ class DataConfig:
     split: str | None = None
     num_frames: int = 16
     sampling: str = "pretrain"
+    stride: int = 4
     released_minus_one: bool = False
     size: int = 224
     short_side: int | None = None
@@ -96,7 +100,7 @@ class DataConfig:
     bad_clip_log: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "size", "views", "crops", "prefetch", "max_tries"):
+        for name in ("num_frames", "stride", "size", "views", "crops", "prefetch", "max_tries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, is {getattr(self, name)}")
         for name in ("num_workers", "threads"):
@@ -157,16 +161,21 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         self._first_step = first_step
         self._local_batch = local_batch
         self._rows = rows
-        self._batches = batches
+        self._open = [batches]  # emptied when closed
         # Grain's iterators must end before the interpreter does, closed by the caller or not.
-        self._finalizer = weakref.finalize(self, _close, batches)
+        self._finalizer = weakref.finalize(self, _close, self._open)
 
     def __next__(self) -> dict[str, np.ndarray]:
+        if not self._open:
+            raise StopIteration
         try:
-            batch = next(self._batches)
+            batch = next(self._open[0])
         except RuntimeError as e:
             self.close()
             raise _explain(e) from e
+        except BaseException:  # the end of the data, too
+            self.close()
+            raise
         first = (self.step - self._first_step) * self._local_batch
         rows = [self._rows.row_of(first + i) for i in range(self._local_batch)]
         self.monitor.update(np.asarray(batch["replaced"]), rows)
@@ -187,15 +196,17 @@ class Loader(Iterator[dict[str, np.ndarray]]):
 
     def close(self) -> None:
         """Ends the worker processes and threads; no batch comes after it."""
-        self._batches = iter(())
         self._finalizer()
 
 
-def _close(batches: Iterator[dict[str, Any]]) -> None:
-    """Closes a Grain iterator; other iterators have nothing to close."""
-    close = getattr(batches, "close", None)
-    if close is not None:
-        close()
+def _close(batches: list[Iterator[dict[str, Any]]]) -> None:
+    """Closes a Grain iterator and frees the shared memory its reference cycles hold."""
+    while batches:
+        close = getattr(batches.pop(), "close", None)
+        if close is not None:
+            close()
+            del close
+            gc.collect()
 
 
 def steps_in_pass(num_clips: int, global_batch: int) -> int:

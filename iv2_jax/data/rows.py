@@ -193,7 +193,7 @@ def load_views(clip: Frames, config: DataConfig, rng: np.random.Generator) -> np
       each through the crops.
     """
     available = len(clip)
-    train, evaluate = sampling.rule(config.sampling)
+    train, evaluate = sampling.rule(config.sampling, stride=config.stride)
     picks: list[np.ndarray] = []
     for view in range(config.views):
         if config.eval:

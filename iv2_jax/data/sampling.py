@@ -7,6 +7,7 @@ spec stage1 7.2; `middle`, `spread_random` and `at_rate`: spec stage2 8.4.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -313,12 +314,20 @@ RULES: dict[str, tuple[_Train, _Eval]] = {
 }
 
 
-def rule(name: str) -> tuple[_Train, _Eval]:
+def rule(name: str, *, stride: int = 4) -> tuple[_Train, _Eval]:
     """The (training, evaluation) rule of this name.
+
+    Args:
+      name: one of `RULES`.
+      stride: distance of the frames for `dense`.
 
     Raises:
       ConfigError: there is none.
     """
     if name not in RULES:
         raise ConfigError(f"sampling {name!r} is not known{nearest(name, RULES)}")
+    if name == "dense":
+        validation = functools.partial(dense_validation, stride=stride)
+        test = functools.partial(dense_test, stride=stride)
+        return functools.partial(dense_train, stride=stride), _or_single(validation, test)
     return RULES[name]

@@ -182,7 +182,12 @@ class PackedSource:
             if self._reader is None:
                 from array_record.python import array_record_data_source
 
-                self._reader = array_record_data_source.ArrayRecordDataSource(self._files)
+                try:
+                    self._reader = array_record_data_source.ArrayRecordDataSource(self._files)
+                except (RuntimeError, ValueError, OSError) as e:
+                    raise DataError(
+                        f"{self._folder}: a shard is damaged, copy or build it again: {e}"
+                    ) from e
             return self._reader
 
     def _record(self, index: int) -> bytes:
@@ -307,7 +312,7 @@ def open_frames(
       DecodeError: it cannot be opened.
     """
     if "://" in path:
-        return VideoReader(_fetch(path), name=path, start=start, end=end)
+        return VideoReader(read_bytes(path), name=path, start=start, end=end)
     if os.path.isdir(path):
         if start is not None or end is not None:
             raise DecodeError(path, "is a folder of frames, which has no seconds to cut at")
@@ -315,20 +320,30 @@ def open_frames(
     return VideoReader(path, start=start, end=end)
 
 
-def _fetch(url: str) -> bytes:
-    """The bytes of a remote file."""
+def read_bytes(path: str) -> bytes:
+    """The bytes of a file or URL.
+
+    Raises:
+      DecodeError: it cannot be read.
+      DataError: a URL whose scheme needs a package that is not installed.
+    """
     try:
+        if "://" not in path:
+            return Path(path).read_bytes()
         import fsspec
 
-        with fsspec.open(url, "rb") as file:
+        with fsspec.open(path, "rb") as file:
             return file.read()
     except ImportError as e:
         raise DataError(
-            f"{url}: reading it needs a package that is not installed ({e}); install fsspec and "
+            f"{path}: reading it needs a package that is not installed ({e}); install fsspec and "
             "the one for its scheme (gcsfs, s3fs, …), or mount the bucket and give paths"
         ) from e
+    except FileNotFoundError as e:
+        raise DecodeError(path, "does not exist") from e
     except (OSError, ValueError) as e:
-        raise DecodeError(url, f"cannot be fetched: {e}") from e
+        reason = getattr(e, "strerror", None) or str(e)
+        raise DecodeError(path, f"cannot be read: {reason}") from e
 
 
 class FrameFolder:

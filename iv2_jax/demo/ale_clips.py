@@ -2,13 +2,15 @@
 
 A clip shows two seconds of play while the stick is left alone or pushed left or right. The three
 clips of one game and seed start from the very same state of the machine, whose place in the game a
-seeded warm-up chooses, so that what differs between them is the motion alone: a single frame says
-little about which way the stick is pushed.
+seeded warm-up chooses, so that motion says more than any single frame about which way the stick is
+pushed.
 
-* Pushing is spread over the clip (`Game.hold`): at full speed a paddle is at the wall in half a
-  second, at about half a pixel a step it travels for most of the clip.
+* The player is moved at a pace of about half a pixel a step (`Game.pace`): at full speed a paddle
+  is at the wall in half a second, at this pace it travels for most of the clip.
 * A start is taken only when the player still moves both ways after `_FREE_STEPS` steps, which the
   emulator is asked by trying.
+* Files are square: players stand near the lower edge of the 160x210 screen, where the centre crop
+  of an evaluation would cut them off.
 * The screen is the brighter of two neighbouring steps (60 a second), since these games draw many
   things only every other step.
 
@@ -25,7 +27,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 FPS = Fraction(30)
 STEPS_PER_FRAME = 2  # the machine runs at 60 steps a second
 NUM_FRAMES = 60
+STORED_SIZE = (160, 160)
 ACTIONS = ("none", "left", "right")
 TRAIN_SEEDS = range(10)
 TEST_SEEDS = range(10, 16)
@@ -48,8 +51,9 @@ SAMPLES_PER_STEP = 512
 SOUND_RATE = SAMPLES_PER_STEP * int(FPS) * STEPS_PER_FRAME
 
 _FREE_STEPS = 24
-_TRIES = 100
-_STEPS_BETWEEN_TRIES = 24
+_TRIES = 60
+_CROSSING = 280  # steps from wall to wall at the pace of a clip
+_SETTLE = 12  # steps in which the player comes to rest
 _MOVED_PIXELS = 8  # pixels that must differ for a player to count as moved
 _MOVED_BY = 30  # sum over the three colours from which on a pixel differs
 
@@ -90,14 +94,26 @@ def record(game: Game, seed: int, num_frames: int = NUM_FRAMES) -> list[Recordin
         ImportError: `ale-py` is not installed.
     """
     player = _Player(game, seed)
-    start = player.find_start()
-    if start is None:
-        return []
-    return [player.play(start, action, num_frames) for action in ACTIONS]
+    for start in player.starts():
+        recordings = [player.play(start, action, num_frames) for action in ACTIONS]
+        if None not in recordings:
+            return recordings
+    return []
+
+
+class _Start(NamedTuple):
+    """Where the clips of a seed start: so many steps after a state of the machine."""
+
+    state: ALEState
+    run_up: tuple[int, ...]
 
 
 class _Player:
-    """A console with a game in it, and a seeded hand on the stick."""
+    """A console with a game in it, and a seeded hand on the stick.
+
+    Loading takes 0.15 s, yet every (game, seed) gets a console of its own: a saved state does not
+    hold the sound chip's, so that the sound would depend on what was played before.
+    """
 
     def __init__(self, game: Game, seed: int) -> None:
         import ale_py
@@ -113,36 +129,72 @@ class _Player:
         self.ale.reset_game()
         self.rng = np.random.default_rng([seed, zlib.crc32(game.rom.encode())])
 
-    def find_start(self) -> ALEState | None:
-        """Warms up, then plays on until the player can move both ways."""
+    def starts(self) -> Iterator[_Start]:
+        """Plays a while, then brings the player to seeded places, and yields those free both ways.
+
+        The machine may be left in any state between two of them.
+        """
         self.wander(self.game.intro + int(self.rng.integers(180)))
         for _ in range(_TRIES):
+            start = self.bring()
+            if start is None:
+                continue
             state = self.ale.cloneState(include_rng=True)
             if all(self.moves(state, action) for action in ("left", "right")):
-                return state
+                yield start
             self.ale.restoreState(state)
-            self.wander(_STEPS_BETWEEN_TRIES)
-        return None
 
     def wander(self, steps: int) -> None:
         """Pushes the stick at full speed for stretches of seeded length and direction."""
-        longest = max(9, int(200 * self.game.hold))  # at most about 100 pixels
-        done = 0
-        while done < steps:
-            action = ACTIONS[self.rng.integers(len(ACTIONS))]
-            for _ in range(min(int(self.rng.integers(4, longest)), steps - done)):
-                self.step(done, action, hold=1.0)
-                done += 1
-            if self.ale.game_over():
-                self.ale.reset_game()
+        while steps > 0:
+            stretch = min(int(self.rng.integers(4, 40)), steps)
+            self.push(ACTIONS[self.rng.integers(len(ACTIONS))], stretch)
+            self.restart_if_over()
+            steps -= stretch
+
+    def bring(self) -> _Start | None:
+        """Brings the player to a wall and from there a seeded way back, so that it may be anywhere.
+
+        Returns:
+            The start, or None if the game was over on the way.
+        """
+        crossing = int(_CROSSING * self.game.pace)
+        there, back = self.rng.permutation(["left", "right"])
+        way_back = int(self.rng.integers(crossing))
+        self.push(there, crossing)
+        if self.restart_if_over():
+            return None
+        state = self.ale.cloneState(include_rng=True)
+        codes = self.push(back, way_back) + self.push("none", _SETTLE)
+        return None if self.restart_if_over() else _Start(state, tuple(codes))
+
+    def restart_if_over(self) -> bool:
+        """Starts a new game when this one is over, in which the machine no longer runs."""
+        over = self.ale.game_over()
+        if over:
+            self.ale.reset_game()
+        return over
+
+    def push(self, action: str, steps: int) -> list[int]:
+        """Pushes the stick at full speed; gives the codes played."""
+        codes = [_STICK[action][int(self.button(i))] for i in range(steps)]
+        for code in codes:
+            self.ale.act(code)
+        return codes
+
+    def button(self, number: int) -> bool:
+        """Whether the button is pressed in a step."""
+        return number % self.game.fire_every == 0
 
     def moves(self, state: ALEState, action: str) -> bool:
-        """Whether the player is still moving after `_FREE_STEPS` steps of an action."""
-        steps = 2 * _FREE_STEPS
-        on = self._try(state, [action] * steps)
-        stopped = self._try(state, [action] * _FREE_STEPS + ["none"] * _FREE_STEPS)
-        still = self._try(state, ["none"] * steps)
-        return _differ(on, stopped) and _differ(on, still)
+        """Whether an action moves the player at once and after `_FREE_STEPS` steps still does."""
+        free, soon = _FREE_STEPS, _FREE_STEPS // 2
+        return _differ(
+            self._try(state, [action] * soon), self._try(state, ["none"] * soon)
+        ) and _differ(
+            self._try(state, [action] * 2 * free),
+            self._try(state, [action] * free + ["none"] * free),
+        )
 
     def _try(self, state: ALEState, actions: Sequence[str]) -> np.ndarray:
         """The screen after these actions."""
@@ -151,16 +203,19 @@ class _Player:
             self.step(i, action)
         return self.ale.getScreenRGB()
 
-    def step(self, number: int, action: str, hold: float | None = None) -> float:
-        """One step of the machine; the stick is pushed in a share `hold` of the steps."""
-        hold = self.game.hold if hold is None else hold
-        pushed = int((number + 1) * hold) > int(number * hold)
-        button = number % self.game.fire_every == 0
-        return self.ale.act(_STICK[action if pushed else "none"][int(button)])
+    def step(self, number: int, action: str) -> float:
+        """One step of a clip, at the game's pace; gives the change of the score."""
+        pace, button = self.game.pace, int(self.button(number))
+        if self.game.paddle:
+            return self.ale.act(_STICK[action][button], pace)
+        pushed = int((number + 1) * pace) > int(number * pace)
+        return self.ale.act(_STICK[action if pushed else "none"][button])
 
-    def play(self, state: ALEState, action: str, num_frames: int) -> Recording:
-        """Records frames, sound and score from a state on."""
-        self.ale.restoreState(state)
+    def play(self, start: _Start, action: str, num_frames: int) -> Recording | None:
+        """Records frames, sound and score from a start on; None if the game ends on the way."""
+        self.ale.restoreState(start.state)
+        for code in start.run_up:  # sets the sound chip to this moment's sound
+            self.ale.act(code)
         frames, sound, rewards = [], [], []
         for number in range(num_frames * STEPS_PER_FRAME):
             reward = self.step(number, action)
@@ -172,6 +227,8 @@ class _Player:
             else:
                 frames[-1] = np.maximum(frames[-1], screen)
                 rewards[-1] += reward
+        if self.ale.game_over():
+            return None
         return Recording(action, np.stack(frames), _pcm(sound), np.array(rewards))
 
 
@@ -236,7 +293,7 @@ def _record_task(task: tuple[Path, Game, int, str, int]) -> list[Clip]:
     for recording in record(game, seed, num_frames):
         name = f"{game.rom}_{seed:02d}_{recording.action}"
         sound = Sound(recording.sound, SOUND_RATE)
-        write_clip(folder / f"{name}.mp4", recording.frames, fps=FPS, sound=sound)
+        write_clip(folder / f"{name}.mp4", recording.frames, fps=FPS, size=STORED_SIZE, sound=sound)
         facts = describe(
             game, recording.action, recording.rewards, sound_facts(recording.sound, num_frames)
         )

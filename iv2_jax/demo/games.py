@@ -21,8 +21,10 @@ class Game:
         title: its name in captions.
         player: what the stick moves.
         scene: what else is to be seen.
-        hold: share of the steps in which the stick is pushed, which makes the player move at about
-            half a pixel a step (60 steps a second, 160 pixels from wall to wall).
+        pace: share of full speed at which the player moves about half a pixel a step (60 steps a
+            second, some 130 pixels from wall to wall).
+        paddle: the player is moved by a paddle, which can be turned slowly, not by a stick, which
+            is pushed in a share `pace` of the steps instead.
         intro: steps until the game listens to the stick.
         fire_every: the button is pressed every so many steps: to shoot, or to serve.
     """
@@ -31,23 +33,32 @@ class Game:
     title: str
     player: str
     scene: str
-    hold: float
+    pace: float
     intro: int
     fire_every: int
+    paddle: bool = False
 
 
 GAMES = (
     Game(
-        "breakout", "Breakout", "paddle", "a ball flies below rows of coloured bricks", 0.18, 60, 32
+        "breakout",
+        "Breakout",
+        "paddle",
+        "a ball flies below rows of coloured bricks",
+        0.09,
+        60,
+        32,
+        True,
     ),
     Game(
         "kaboom",
         "Kaboom!",
         "stack of buckets",
         "a bomber walks along the top of a wall above a green field",
-        0.2,
+        0.09,
         60,
         32,
+        True,
     ),
     Game(
         "assault",

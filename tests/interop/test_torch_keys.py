@@ -19,53 +19,28 @@ from hypothesis import strategies as st
 
 from iv2_jax.errors import CheckpointError
 from iv2_jax.interop import torch_keys
-from iv2_jax.models.student import AlignmentConfig, Student, StudentConfig
+from iv2_jax.models import zoo
+from iv2_jax.models.student import AlignmentConfig, StudentConfig
+from iv2_jax.models.teachers.internvl import INTERNVL_6B
 from iv2_jax.models.teachers.videomae import VideoMAEConfig, VideoMAETeacher
 from iv2_jax.models.video_encoder import EncoderConfig
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "manifests"
 
 
-def _student(encoder, *, clip_width, clip_decoder, mae):
-    depth = encoder.depth
-    return StudentConfig(
-        encoder=encoder,
-        clip=AlignmentConfig(clip_width, tuple(range(depth - 6, depth)), clip_decoder, True),
-        mae=AlignmentConfig(1408, tuple(range(depth - 4, depth)), "mlp", False) if mae else None,
-        final_width=768,
-        final_decoder=clip_decoder,
-    )
-
-
-ENCODERS = {
-    "S": EncoderConfig(384, 12, 6, 1536),
-    "B": EncoderConfig(768, 12, 12, 3072),
-    "L": EncoderConfig(1024, 24, 16, 4096),
-    "1B": EncoderConfig(1408, 40, 16, 6144),
-    "6B": EncoderConfig(3200, 48, 25, 12800),
-}
-
-
-def _stage1(size):
-    return _student(ENCODERS[size], clip_width=3200, clip_decoder="linear", mae=True)
-
-
-def _distilled(size):
-    return _student(ENCODERS[size], clip_width=1408, clip_decoder="mlp", mae=False)
+SIZES = {"S": "small", "B": "base", "L": "large", "1B": "1b", "6B": "6b"}
 
 
 def _entries(name):
     """Entries of the model that a manifest of the original lists."""
-    kind, size = name.split("_")[1], name.split("_")[-1]
-    if kind == "pretrain":
-        return torch_keys.student_map(_stage1(size))
-    if kind == "distill":
-        return torch_keys.student_map(_distilled(size))
+    _, kind, *_, size = name.split("_")
     if name == "single_teacher_videomaev2_g":
         return torch_keys.videomae_map(VideoMAEConfig())
     if name == "single_teacher_internvl_clip_6b":
-        return torch_keys.encoder_map(EncoderConfig(3200, 48, 25, 12800, num_frames=1))
-    return torch_keys.encoder_map(ENCODERS[size])
+        return torch_keys.encoder_map(INTERNVL_6B)
+    if kind == "teacher":
+        return torch_keys.encoder_map(zoo.get(f"internvideo2_{SIZES[size]}"))
+    return torch_keys.student_map(zoo.get(f"internvideo2_{SIZES[size]}_{kind}"))
 
 
 @pytest.mark.parametrize("path", sorted(MANIFESTS.glob("*.json.gz")), ids=lambda p: p.name)
@@ -84,15 +59,12 @@ def _shapes(tree):
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
-@pytest.mark.parametrize(
-    "config", [_stage1("1B"), _stage1("6B"), _distilled("L")], ids=["1B", "6B", "L"]
-)
-def test_paths_and_shapes_are_our_models(config):
-    visible = jnp.zeros((1, 3), jnp.int32)
-    video = jnp.zeros((1, 8, 224, 224, 3))
-    params = jax.eval_shape(Student(config).init, jax.random.key(0), video, visible)["params"]
-    abstract = torch_keys.abstract_params(torch_keys.student_map(config))
-    assert _shapes(params) == _shapes(abstract)
+@pytest.mark.parametrize("name", zoo.names())
+def test_paths_and_shapes_are_our_models(name):
+    config = zoo.get(name)
+    is_student = isinstance(config, StudentConfig)
+    entries = (torch_keys.student_map if is_student else torch_keys.encoder_map)(config)
+    assert _shapes(zoo.abstract_params(config)) == _shapes(torch_keys.abstract_params(entries))
 
 
 TINY = EncoderConfig(
@@ -199,7 +171,7 @@ def test_bfloat16_and_a_wanted_dtype():
 
 
 def test_abstract_arrays_go_both_ways():
-    entries = torch_keys.student_map(_stage1("6B"))
+    entries = torch_keys.student_map(zoo.get("internvideo2_6b_pretrain"))
     params = torch_keys.abstract_params(entries, jnp.bfloat16)
     tensors = torch_keys.to_torch(params, entries)
     assert tensors["blocks.47.mlp.fc1.weight"].shape == (12800, 3200)

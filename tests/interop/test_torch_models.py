@@ -67,10 +67,17 @@ def _channels_first(video):
     return torch.from_numpy(video.transpose(0, 4, 1, 2, 3).copy())
 
 
-@pytest.mark.parametrize("separable", [False, True])
-@pytest.mark.parametrize("options", [{}, {"qk_norm": False, "qkv_bias": True, "tanh_gelu": False}])
-def test_encoder(separable, options):
-    config = dataclasses.replace(ENCODER, separable_positions=separable, **options)
+OTHER_OPTIONS = {
+    "separable_positions": True,
+    "qk_norm": False,
+    "qkv_bias": True,
+    "tanh_gelu": False,
+}
+
+
+@pytest.mark.parametrize("options", [{}, OTHER_OPTIONS], ids=["default", "other options"])
+def test_encoder(options):
+    config = dataclasses.replace(ENCODER, **options)
     entries = torch_keys.encoder_map(config)
     params = _params(entries)
     contents = {"kind": "encoder", "model": config_lib.to_dict(config)}
@@ -87,12 +94,20 @@ def test_encoder(separable, options):
         _close(theirs.pooled, ours.pooled)
         _close(theirs.pool_attention, ours.pool_attention)
         _close(torch.stack(theirs.features), ours.features)
-    _close(model(_channels_first(_video())), apply({"params": params}, _video()).pooled)
+    whole = model.encode(_channels_first(_video()))
+    assert torch.equal(model(_channels_first(_video())), whole.pooled)
 
 
-@pytest.mark.parametrize("has_cls", [False, True])
-@pytest.mark.parametrize("grid", [None, (2, 4, 4), (2, 3, 3), (1, 2, 5), (4, 7, 7)])
-@pytest.mark.parametrize("hidden", [0, 25])
+@pytest.mark.parametrize(
+    ("grid", "has_cls", "hidden"),
+    [
+        (None, False, 25),
+        ((2, 4, 4), True, 25),  # the student's own, written out
+        ((2, 3, 3), True, 25),
+        ((1, 2, 5), False, 29),
+        ((4, 7, 7), True, 0),
+    ],
+)
 def test_student_on_other_grids(grid, has_cls, hidden):
     config = StudentConfig(
         encoder=ENCODER,

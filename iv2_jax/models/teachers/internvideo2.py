@@ -11,6 +11,7 @@ import numpy as np
 from flax.core import meta
 
 from iv2_jax.errors import ConfigError
+from iv2_jax.models import zoo
 from iv2_jax.models.block_stack import resolve_layers
 from iv2_jax.models.layers import Precision, unit_length
 from iv2_jax.models.positions import resize_positions
@@ -18,7 +19,7 @@ from iv2_jax.models.teachers.base import Teacher, TeacherOutput, resize_frames, 
 from iv2_jax.models.video_encoder import EncoderConfig, VideoEncoder
 from iv2_jax.pixels import normalize
 
-INTERNVIDEO2_1B = EncoderConfig(width=1408, depth=40, num_heads=16, mlp_width=6144)
+INTERNVIDEO2_1B = zoo.get("internvideo2_1b")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,15 +11,15 @@ import numpy as np
 from flax.core import meta
 
 from iv2_jax.errors import ConfigError
+from iv2_jax.models import zoo
 from iv2_jax.models.block_stack import resolve_layers
 from iv2_jax.models.layers import Precision, unit_length
 from iv2_jax.models.teachers.base import Teacher, TeacherOutput, resize_frames, weights_path
 from iv2_jax.models.video_encoder import EncoderConfig, VideoEncoder
 from iv2_jax.pixels import normalize
 
-INTERNVL_6B = EncoderConfig(
-    width=3200, depth=48, num_heads=25, mlp_width=12800, num_frames=1, layer_scale_init=0.1
-)
+# The tower has the shape of InternVideo2-6B, over one frame (spec stage1 4.1).
+INTERNVL_6B = dataclasses.replace(zoo.get("internvideo2_6b"), num_frames=1)
 
 
 @dataclasses.dataclass(frozen=True)

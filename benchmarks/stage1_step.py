@@ -1,0 +1,337 @@
+"""One stage-1 training step of ours against the same step in plain PyTorch, on the CPU.
+
+    python benchmarks/stage1_step.py --json runs/stage1_step.json
+
+Both sides take the same step: S-sized student (width 384, depth 12), 8 frames of 224 px, 417 of
+2049 tokens, one decoder for each teacher, batch 2, targets precomputed and gathered, three-term
+loss, backward, AdamW, float32, the same number of threads, the same weights at the start. The
+PyTorch side is `interop/torch_models.py` with plain or fused attention, eager or compiled.
+
+Variants take turns within every round, so that a change of the machine's speed hits all alike;
+medians are compared. Compilation is outside the timing and given apart. The first losses must
+agree, or nothing is reported. Takes about 4 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LEARNING_RATE, BETAS, EPSILON, DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.05
+QUIET_SHARE = 0.92  # idle share of the CPUs below which a run says that it does not count
+LOSS_LIMIT = 1e-4
+
+
+@dataclasses.dataclass
+class Variant:
+    """One way to take the step.
+
+    Attributes:
+        name: its row.
+        step: takes one step and returns the loss, waiting for the result.
+        first_seconds: of the first call, compilation included.
+        losses: of every step taken.
+        wall: seconds of the timed steps.
+        cpu: CPU seconds of the timed steps, over all threads.
+    """
+
+    name: str
+    step: Callable[[], float]
+    first_seconds: float = 0.0
+    losses: list[float] = dataclasses.field(default_factory=list)
+    wall: list[float] = dataclasses.field(default_factory=list)
+    cpu: list[float] = dataclasses.field(default_factory=list)
+
+    def warm_up(self, calls: int) -> None:
+        """Compiles and settles."""
+        start = time.perf_counter()
+        self.losses.append(self.step())
+        self.first_seconds = time.perf_counter() - start
+        self.losses.extend(self.step() for _ in range(calls - 1))
+
+    def take(self) -> None:
+        """Takes one timed step."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.losses.append(self.step())
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+
+
+def student_config(args: argparse.Namespace) -> Any:
+    """The student of the protocol."""
+    from iv2_jax.models.student import AlignmentConfig, StudentConfig
+    from iv2_jax.models.video_encoder import EncoderConfig
+
+    return StudentConfig(
+        encoder=EncoderConfig(
+            width=args.width,
+            depth=args.depth,
+            num_heads=args.width // 64,
+            mlp_width=4 * args.width,
+            image_size=args.image_size,
+            num_frames=args.frames,
+            tanh_gelu=args.gelu == "tanh",
+        ),
+        clip=AlignmentConfig(3200, (-1,), "linear", has_cls=True),
+        mae=AlignmentConfig(1408, (-1,), "mlp", has_cls=False),
+        final_width=768,
+        final_decoder="linear",
+    )
+
+
+def make_inputs(config: Any, batch: int) -> dict[str, np.ndarray]:
+    """A fixed batch: video, visible tokens (a fifth of each frame) and unit-length targets."""
+    rng = np.random.default_rng(0)
+    encoder = config.encoder
+    frames, rows, columns = encoder.grid
+    places = rows * columns
+    shown = places - int(places * 0.8)
+    visible = np.zeros((batch, 1 + frames * shown), np.int32)
+    for clip in visible:
+        picks = [np.sort(rng.permutation(places)[:shown]) + f * places for f in range(frames)]
+        clip[1:] = 1 + np.concatenate(picks)
+
+    def unit(*shape: int) -> np.ndarray:
+        x = rng.normal(size=shape).astype(np.float32)
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    tokens, size = visible.shape[1], encoder.image_size
+    return {
+        "video": rng.normal(size=(batch, encoder.num_frames, size, size, 3)).astype(np.float32),
+        "visible": visible,
+        "clip": unit(1, batch, tokens, config.clip.width),
+        "final": unit(batch, config.final_width),
+        "mae": unit(1, batch, tokens - 1, config.mae.width),
+    }
+
+
+def random_params(config: Any) -> Any:
+    """Weights both sides start from, of the size of the model's own initialisation."""
+    import jax
+    from flax import traverse_util
+
+    from iv2_jax.interop import torch_keys
+
+    rng = np.random.default_rng(1)
+
+    def draw(path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        name = path.rsplit("/", 1)[-1]
+        if name in ("scale", "gamma"):
+            return np.full(leaf.shape, 1.0 if name == "scale" else 1e-5, np.float32)
+        return 0.02 * rng.normal(size=leaf.shape).astype(np.float32)
+
+    abstract = torch_keys.abstract_params(torch_keys.student_map(config))
+    flat = traverse_util.flatten_dict(abstract, sep="/")
+    return traverse_util.unflatten_dict({k: draw(k, v) for k, v in flat.items()}, sep="/")
+
+
+def jax_step(config: Any, params: Any, inputs: dict[str, np.ndarray]) -> Callable[[], float]:
+    """Our step: jitted, state donated."""
+    import jax
+    import optax
+
+    from iv2_jax.models.student import Student
+    from iv2_jax.objectives.distillation import alignment_loss, final_loss
+
+    tx = optax.adamw(LEARNING_RATE, *BETAS, eps=EPSILON, weight_decay=DECAY)
+    student = Student(config)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
+        params, moments = state
+
+        def loss_fn(params: Any) -> jax.Array:
+            out = student.apply({"params": params}, batch["video"], batch["visible"], train=True)
+            loss = alignment_loss(out.clip, batch["clip"]) + alignment_loss(out.mae, batch["mae"])
+            return loss + final_loss(out.final, batch["final"])
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, moments = tx.update(grads, moments, params)
+        return (optax.apply_updates(params, updates), moments), loss
+
+    params = jax.tree.map(jax.numpy.array, params)
+    state, batch = (params, tx.init(params)), jax.device_put(inputs)
+
+    def take() -> float:
+        nonlocal state
+        state, loss = step(state, batch)
+        jax.block_until_ready(state)
+        return float(loss)
+
+    return take
+
+
+def torch_step(
+    config: Any, params: Any, inputs: dict[str, np.ndarray], *, fused: bool, compiled: bool
+) -> Callable[[], float]:
+    """The same step in plain PyTorch; `compiled` compiles the model, as people do."""
+    import torch
+
+    from iv2_jax import config as config_lib
+    from iv2_jax.interop import torch_keys, torch_models
+
+    contents = {"kind": "student", "model": config_lib.to_dict(config)}
+    model = torch_models.from_config(contents, fused_attention=fused).train()
+    state = torch_keys.to_torch(params, torch_keys.student_map(config))
+    model.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in state.items()})
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=DECAY
+    )
+    video = torch.from_numpy(inputs["video"].transpose(0, 4, 1, 2, 3).copy())
+    hidden = np.ones((len(video), config.encoder.num_tokens), bool)
+    np.put_along_axis(hidden, inputs["visible"], False, axis=1)
+    mask = torch.from_numpy(hidden)
+    targets = {name: torch.from_numpy(inputs[name]) for name in ("clip", "final", "mae")}
+    forward = torch.compile(model) if compiled else model
+
+    def take() -> float:
+        out = forward(video, mask)
+        loss = sum(
+            (2 - 2 * (getattr(out, name) * target).sum(-1)).mean()
+            for name, target in targets.items()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return take
+
+
+def idle_share(seconds: float) -> float:
+    """Share of CPU time that nobody used over `seconds`."""
+
+    def read() -> tuple[int, int]:
+        fields = [int(v) for v in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return fields[3] + fields[4], sum(fields)
+
+    idle, total = read()
+    time.sleep(seconds)
+    idle_after, total_after = read()
+    return (idle_after - idle) / max(total_after - total, 1)
+
+
+def wait_until_quiet(patience: float) -> float:
+    """Waits for an idle machine, at most `patience` seconds; returns the last idle share."""
+    deadline = time.monotonic() + patience
+    share = idle_share(3)
+    while share < QUIET_SHARE and time.monotonic() < deadline:
+        time.sleep(10)
+        share = idle_share(3)
+    return share
+
+
+def check_losses(variants: list[Variant]) -> None:
+    """Stops when the first losses say that the sides do not compute the same."""
+    reference = variants[0].losses
+    for variant in variants[1:]:
+        for index in range(3):
+            if not abs(variant.losses[index] - reference[index]) < LOSS_LIMIT:
+                sys.exit(
+                    f"loss {index} of {variant.name} is {variant.losses[index]:.6f}, of "
+                    f"{variants[0].name} {reference[index]:.6f}: not the same step"
+                )
+
+
+def report(variants: list[Variant], ours: Variant, idle: list[float]) -> dict[str, Any]:
+    """Prints the table; returns it as plain values."""
+    titles = {"median s": 10, "min": 8, "max": 8, "CPU s": 8, "first s": 9, "ours/it": 9}
+    print("variant".ljust(26) + "".join(title.rjust(width) for title, width in titles.items()))
+    rows = []
+    median = statistics.median(ours.wall)
+    for variant in variants:
+        row = {
+            "name": variant.name,
+            "median": statistics.median(variant.wall),
+            "min": min(variant.wall),
+            "max": max(variant.wall),
+            "cpu": statistics.median(variant.cpu),
+            "first": variant.first_seconds,
+            "ratio": median / statistics.median(variant.wall),
+            "wall": variant.wall,
+        }
+        rows.append(row)
+        print(
+            f"{row['name']:26}{row['median']:10.3f}{row['min']:8.3f}{row['max']:8.3f}"
+            f"{row['cpu']:8.2f}{row['first']:9.1f}{row['ratio']:9.3f}"
+        )
+    quiet = min(idle) >= QUIET_SHARE
+    print(f"idle before {idle[0]:.0%}, after {idle[1]:.0%}{'' if quiet else ': DOES NOT COUNT'}")
+    return {"variants": rows, "idle": idle, "quiet": quiet}
+
+
+def main() -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each variant")
+    parser.add_argument("--warmup", type=int, default=3, help="untimed steps of each, at least 3")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--gelu", choices=("erf", "tanh"), default="erf")
+    parser.add_argument("--unroll", type=int, nargs="+", default=[1], help="blocks per scan turn")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--only-ours", action="store_true", help="leave PyTorch out")
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for quiet")
+    parser.add_argument("--json", help="write the figures there")
+    args = parser.parse_args()
+
+    # Both sides see the same CPUs; XLA sizes its thread pool by them, torch is told.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+
+    config = student_config(args)
+    inputs, params = make_inputs(config, args.batch), random_params(config)
+    variants = []
+    for unroll in args.unroll:
+        encoder = dataclasses.replace(config.encoder, scan_unroll=unroll)
+        ours = dataclasses.replace(config, encoder=encoder)
+        variants.append(Variant(f"ours, unroll {unroll}", jax_step(ours, params, inputs)))
+    if not args.only_ours:
+        import torch
+
+        torch.set_num_threads(args.threads)
+        for compiled in (False,) if args.no_compile else (False, True):
+            for fused in (False, True):
+                name = f"torch {'sdpa' if fused else 'plain'} {'compile' if compiled else 'eager'}"
+                step = torch_step(config, params, inputs, fused=fused, compiled=compiled)
+                variants.append(Variant(name, step))
+    for variant in variants:
+        variant.warm_up(max(args.warmup, 3))
+    check_losses(variants)
+
+    idle = [wait_until_quiet(args.patience)]
+    for _ in range(args.rounds):
+        for variant in variants:
+            # OpenMP threads go on spinning for a moment after torch's last parallel region.
+            time.sleep(0.2)
+            variant.take()
+    idle.append(idle_share(3))
+    figures = report(variants, variants[0], idle)
+    if args.json:
+        settings = {key: value for key, value in vars(args).items() if key != "json"}
+        figures |= {"settings": settings, "tokens": inputs["visible"].shape[1]}
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

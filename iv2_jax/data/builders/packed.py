@@ -1,0 +1,351 @@
+"""Packs the clips of a manifest into ArrayRecord files that TFDS and our loader read at random.
+
+The folder is a complete TFDS data set (`dataset_info.json`, `features.json`, shards of serialised
+`tf.train.Example`): `tfds.builder_from_directory(folder).as_data_source()` reads it without
+TensorFlow. One more file, `iv2_clips.jsonl`, repeats the records without the video bytes, so that
+our loader can list a large set without reading it.
+
+Clips are stored as the bytes of their files. Those with `start` or `end` are cut, which means
+encoding them anew; `short_side` and `gop` ask for that of every clip.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from iv2_jax.data.builders import encode
+from iv2_jax.data.decode import DecodeError, VideoReader
+from iv2_jax.data.records import Clip
+from iv2_jax.data.sources import PACKED_INDEX, FileSource, read_bytes
+from iv2_jax.errors import DataError
+
+VERSION = "1.0.0"
+_DEFAULT_SPLIT = "train"  # of clips that name none
+_DESCRIPTION = "Clips packed by iv2_jax: `video` holds the bytes of one video file."
+
+
+@dataclasses.dataclass(frozen=True)
+class PackOptions:
+    """How to pack.
+
+    Attributes:
+      name: name of the data set, part of the file names.
+      shard_bytes: a shard is closed when it has grown beyond this.
+      short_side: encode anew with the short side brought down to this; None leaves sizes alone.
+      gop: encode anew with a keyframe every so many frames; None leaves files alone.
+      keep_audio: keep the sound of clips that are encoded anew.
+      max_bad_share: share of clips that may fail to decode and be left out.
+      overwrite: replace the folder if it exists.
+    """
+
+    name: str = "clips"
+    shard_bytes: int = 256 << 20
+    short_side: int | None = None
+    gop: int | None = None
+    keep_audio: bool = True
+    max_bad_share: float = 0.1
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise DataError(f"name {self.name!r} must be lower-case letters, digits and _")
+        for field, least in (("shard_bytes", 1), ("short_side", 16), ("gop", 1)):
+            value = getattr(self, field)
+            if value is not None and value < least:
+                raise DataError(f"{field} must be at least {least}, is {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PackReport:
+    """What was packed: clips, bytes, shards by split, and the clips left out with the reason."""
+
+    clips: int
+    bytes: int
+    shards: dict[str, int]
+    left_out: list[tuple[str, str]]
+
+
+def build(
+    clips: Sequence[Clip],
+    folder: str | os.PathLike[str],
+    options: PackOptions | None = None,
+    *,
+    progress: Callable[[], None] | None = None,
+) -> PackReport:
+    """Packs clips into a new folder; nothing is left behind if it fails.
+
+    Args:
+      clips: what to pack, in the order of the set.
+      folder: the folder to make.
+      options: how.
+      progress: called after every clip.
+
+    Returns:
+      What was packed.
+
+    Raises:
+      DataError: the folder exists or cannot be written, the disk is full, or too many clips do
+        not decode.
+    """
+    options = options or PackOptions()
+    target = Path(folder)
+    if target.exists() and not options.overwrite:
+        raise DataError(f"{target}: already exists; choose another folder or pass overwrite")
+    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        report = _Builder(clips, temporary, options).run(progress or (lambda: None))
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    except (OSError, RuntimeError) as e:
+        raise _explain(e, target) from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return report
+
+
+def _explain(error: Exception, target: Path) -> Exception:
+    """A `DataError` for what a disk may do; other errors as they are."""
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    if full:
+        free = shutil.disk_usage(_existing(target)).free
+        return DataError(
+            f"{target}: the disk is full ({free >> 20} MiB free); nothing was kept, make room or "
+            "choose another disk"
+        )
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return DataError(f"{error.filename or target}: cannot be written: {reason}")
+    return error
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that exists."""
+    return next((p for p in path.resolve().parents if p.exists()), Path("/"))
+
+
+class _Builder:
+    """One run of `build`, writing into a folder that does not count yet."""
+
+    def __init__(self, clips: Sequence[Clip], folder: Path, options: PackOptions) -> None:
+        """Takes the clips, an empty folder, and how to pack."""
+        from tensorflow_datasets.core import example_serializer
+
+        self._source = FileSource(clips)
+        self._folder = folder
+        self._options = options
+        self._features = features()
+        self._serializer = example_serializer.ExampleSerializer(
+            self._features.get_serialized_info()
+        )
+        self._left_out: list[tuple[str, str]] = []
+        self._bytes = 0
+
+    def run(self, progress: Callable[[], None]) -> PackReport:
+        """Writes shards, index and TFDS's own files."""
+        splits: dict[str, list[int]] = {}
+        for i, clip in enumerate(self._source.clips):
+            splits.setdefault(_split_name(clip), []).append(i)
+        lengths: dict[str, list[int]] = {}
+        packed = 0
+        with (self._folder / PACKED_INDEX).open("w", encoding="utf-8") as index:
+            for split in sorted(splits):
+                shards = _Shards(self._folder, self._options.name, split, self._options.shard_bytes)
+                with contextlib.closing(shards):
+                    for i in splits[split]:
+                        record = self._pack(i)
+                        progress()
+                        if record is None:
+                            continue
+                        shards.write(record)
+                        line = {**self._source.clips[i].to_json(), "shard_split": split}
+                        index.write(json.dumps(line, ensure_ascii=False) + "\n")
+                        packed += 1
+                if shards.lengths:
+                    lengths[split] = shards.finish()
+        if not packed:
+            raise DataError(f"none of the {len(self._source)} clips decodes; {self._worst()}")
+        self._write_tfds(lengths)
+        return PackReport(
+            packed, self._bytes, {s: len(n) for s, n in lengths.items()}, self._left_out
+        )
+
+    def _pack(self, index: int) -> bytes | None:
+        """The serialised example of one clip, or None when it does not decode."""
+        clip = self._source.clips[index]
+        try:
+            video = self._video(clip)
+        except DecodeError as e:
+            self._left_out.append((clip.path, e.reason))
+            allowed = self._options.max_bad_share * max(len(self._source), 1)
+            if len(self._left_out) > allowed:
+                raise DataError(
+                    f"{len(self._left_out)} of {len(self._source)} clips do not decode, more than "
+                    f"max_bad_share={self._options.max_bad_share:g} allows; {self._worst()}"
+                ) from e
+            return None
+        self._bytes += len(video)
+        example = self._features.encode_example(_example(clip, video))
+        return self._serializer.serialize_example(example)
+
+    def _worst(self) -> str:
+        """The first clips left out, for a message."""
+        return "; ".join(f"{path}: {reason}" for path, reason in self._left_out[:3])
+
+    def _video(self, clip: Clip) -> bytes:
+        """The bytes to store; decodes at least the first frame of what is stored."""
+        options = self._options
+        cut = clip.start is not None or clip.end is not None
+        if cut or options.short_side or options.gop or os.path.isdir(clip.path):
+            return encode.encode_clip(
+                clip,
+                short_side=options.short_side,
+                gop=options.gop or encode.DEFAULT_GOP,
+                keep_audio=options.keep_audio,
+            )
+        video = read_bytes(clip.path)
+        with VideoReader(video, name=clip.path) as reader:
+            reader.read([0])
+        return video
+
+    def _write_tfds(self, lengths: dict[str, list[int]]) -> None:
+        """`dataset_info.json` and `features.json`."""
+        import tensorflow_datasets as tfds
+
+        template = {"data_dir": self._folder, "dataset_name": self._options.name}
+        infos = [
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=counts,
+                num_bytes=sum(p.stat().st_size for p in self._folder.glob(f"*-{split}.array*")),
+                filename_template=tfds.core.ShardedFileTemplate(
+                    split=split, filetype_suffix="array_record", **template
+                ),
+            )
+            for split, counts in lengths.items()
+        ]
+        tfds.folder_dataset.write_metadata(
+            data_dir=self._folder,
+            features=self._features,
+            split_infos=infos,
+            version=VERSION,
+            filename_template=tfds.core.ShardedFileTemplate(
+                filetype_suffix="array_record", **template
+            ),
+            description=_DESCRIPTION,
+            check_data=False,  # that check reads through TensorFlow
+        )
+
+
+class _Shards:
+    """Writes the records of one split, a new file whenever one has grown large enough."""
+
+    def __init__(self, folder: Path, name: str, split: str, shard_bytes: int) -> None:
+        """Takes where to write and how much to a file."""
+        self.lengths: list[int] = []
+        self._folder, self._stem = folder, f"{name}-{split}.array_record"
+        self._shard_bytes = shard_bytes
+        self._size = 0
+        self._writer: Any = None
+
+    def write(self, record: bytes) -> None:
+        """Appends one record."""
+        if self._writer is None:
+            from array_record.python import array_record_module
+
+            path = str(self._folder / f"{self._stem}.{len(self.lengths)}")
+            # One record a group: any of them is read without its neighbours.
+            self._writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
+            self.lengths.append(0)
+            self._size = 0
+        self._writer.write(record)
+        self.lengths[-1] += 1
+        self._size += len(record)
+        if self._size >= self._shard_bytes:
+            self._close_file()
+
+    def finish(self) -> list[int]:
+        """Gives the closed files their final names; the number of records in each."""
+        total = len(self.lengths)
+        for at in range(total):
+            final = f"{self._stem}-{at:05d}-of-{total:05d}"
+            (self._folder / f"{self._stem}.{at}").rename(self._folder / final)
+        return self.lengths
+
+    def close(self) -> None:
+        """Closes the last file; the writer reports a full disk only here."""
+        self._close_file()
+
+    def _close_file(self) -> None:
+        """Closes the file that is open, if any."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.close()
+
+
+def features() -> Any:
+    """The `tfds.features.FeaturesDict` of a packed set."""
+    import numpy as np
+    import tensorflow_datasets as tfds
+
+    text = tfds.features.Text
+    return tfds.features.FeaturesDict(
+        {
+            "id": text(),
+            "path": text(),
+            "video": tfds.features.Tensor(shape=(), dtype=np.object_),
+            "start": np.float32,  # of the original; NaN: its beginning
+            "end": np.float32,  # NaN: its end
+            "captions": tfds.features.Sequence({"modality": text(), "text": text()}),
+            "labels": tfds.features.Sequence(
+                {"name": text(), "value": text(), "is_number": np.int64}
+            ),
+            "qa": tfds.features.Sequence({"question": text(), "answer": text()}),
+            "split": text(),
+            "group": text(),
+            "audio": np.int64,  # -1: not known
+        }
+    )
+
+
+def _example(clip: Clip, video: bytes) -> dict[str, Any]:
+    """A clip as the features have it."""
+    return {
+        "id": clip.id,
+        "path": clip.path,
+        "video": video,
+        "start": math.nan if clip.start is None else clip.start,
+        "end": math.nan if clip.end is None else clip.end,
+        "captions": [
+            {"modality": name, "text": text} for name, all in clip.captions.items() for text in all
+        ],
+        "labels": [
+            {"name": name, "value": str(value), "is_number": int(isinstance(value, int))}
+            for name, value in clip.labels.items()
+        ],
+        "qa": [{"question": q, "answer": a} for q, a in clip.qa],
+        "split": clip.split or "",
+        "group": clip.group or "",
+        "audio": -1 if clip.audio is None else int(clip.audio),
+    }
+
+
+def _split_name(clip: Clip) -> str:
+    """The split whose shards hold the clip."""
+    name = clip.split or _DEFAULT_SPLIT
+    if not re.fullmatch(r"\w+", name):
+        raise DataError(
+            f"clip {clip.id!r}: split {name!r} cannot name files; use letters, digits and _"
+        )
+    return name

@@ -1,0 +1,1 @@
+"""Tests of `iv2_jax.data`."""
