@@ -87,6 +87,8 @@ def _set_up_logging(verbose: bool) -> None:
     """Our own messages at INFO; libraries' from WARNING on, unless asked for."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     logging.getLogger("iv2_jax").setLevel(logging.INFO)
+    if not verbose:
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of its own layouts
 
 
 if __name__ == "__main__":

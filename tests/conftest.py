@@ -18,7 +18,7 @@ _given = os.environ.get("XLA_FLAGS", "")
 _added = [f"{name}={value}" for name, value in _FLAGS.items() if name not in _given]
 os.environ["XLA_FLAGS"] = " ".join([_given, *_added]).strip()
 
-import pytest
+import pytest  # noqa: E402 (after the environment is set)
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"

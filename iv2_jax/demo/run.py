@@ -175,11 +175,13 @@ def check_export(workdir: Path, exported: Path, clips: int = 4) -> float | None:
     from iv2_jax.interop.export import verify_export
     from iv2_jax.train import checkpoint, loop
 
-    params, values = checkpoint.load_params(workdir)
+    params, _ = checkpoint.load_params(workdir)
     stage = loop.read_config(str(workdir / "config.json"), {}).make_stage()
     batch = next(iter(stage.eval_batches()))
     stride = stage.config.frame_stride
-    difference = verify_export(exported, params, values, batch["video"][:clips, ::stride])
+    difference = verify_export(
+        exported, params, stage.config.student, batch["video"][:clips, ::stride]
+    )
     logger.info("largest difference between Flax and PyTorch: %.2e", difference)
     return float(difference)
 
