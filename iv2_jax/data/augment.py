@@ -32,9 +32,14 @@ _COEF_BITS = 11  # of OpenCV's interpolation weights
 
 
 def crop_sizes(width: int, height: int, size: int) -> list[tuple[int, int]]:
-    """The 10 (width, height) pairs that a multi-scale crop is drawn from."""
-    sides = [int(min(width, height) * scale) for scale in SCALES]
-    sides = [size if abs(side - size) < _SNAP else side for side in sides]
+    """The 10 (width, height) pairs that a multi-scale crop is drawn from.
+
+    A side a little under `size` snaps up to it, but never past the picture's edge, which the
+    original would read beyond.
+    """
+    base = min(width, height)
+    sides = [int(base * scale) for scale in SCALES]
+    sides = [min(size, base) if abs(side - size) < _SNAP else side for side in sides]
     return [
         (w, h)
         for i, h in enumerate(sides)

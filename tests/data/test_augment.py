@@ -48,6 +48,10 @@ def test_crops_lie_inside_the_picture(width, height, size, seed):
     assert y + h <= height
 
 
+def test_a_side_does_not_snap_past_the_edge():
+    assert max(max(pair) for pair in augment.crop_sizes(60, 62, 61)) == 60
+
+
 def test_one_draw_for_the_whole_clip_and_pillows_pixels():
     frames = np.repeat(_frames(70, 90, 1), 3, axis=0)
     for seed in range(6):
