@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -32,6 +33,11 @@ DEFAULT_CONFIG = "configs/demo/stage1.py"
 # The label whose probe is the demo's headline, the first of these that the clips have: what needs
 # motion comes before what a single frame shows.
 HEADLINE_LABELS = ("action", "topic", "label", "game")
+
+
+# glibc gives the large buffers of XLA's CPU steps back to the system after every step; keeping them
+# saves the page faults (2.13 -> 1.81 CPU seconds a step of an S/14 student, measured here).
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
 class DemoError(UserError):
@@ -124,7 +130,8 @@ class Timeline:
         """
         self.commands.append("iv2 " + " ".join(map(shlex.quote, (verb, *arguments))))
         logger.info("$ %s", self.commands[-1])
-        code = subprocess.run([sys.executable, "-m", "iv2_jax.cli", verb, *arguments]).returncode
+        command = [sys.executable, "-m", "iv2_jax.cli", verb, *arguments]
+        code = subprocess.run(command, env={**MALLOC, **os.environ}).returncode
         if code:
             raise DemoError(f"this ended with exit code {code}: {self.commands[-1]}")
 
