@@ -1,4 +1,4 @@
-"""The demo's stage 1: a 1.5M-parameter student of an image network, on two CPU cores.
+"""The demo's stage 1: a 1.2M-parameter student of an image network, on two CPU cores.
 
     iv2 train --config configs/demo/stage1.py --workdir runs/s1 \
         --config.data.source=clips.jsonl --config.eval_data.source=clips.jsonl
