@@ -116,7 +116,7 @@ def masked_frames(run: Path, rows: int = 4) -> list[dict[str, str]]:
     return [
         {
             "frames": _strip(clip),
-            "guided": _strip(_heat(h, clip.shape[1])),
+            "guided": _strip(_heat(h.repeat(len(clip) // len(h), 0), clip.shape[1])),
             "visible": _strip(_hide(clip, s.reshape(grid))),
         }
         for clip, h, s in zip(frames, heat, shown, strict=True)
