@@ -94,6 +94,11 @@ def partition_spec(
     return PartitionSpec(*axes), "; ".join(misses)
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+    """`encoder/blocks/attn/qkv/kernel` from a JAX key path."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+
+
 def shardings(abstract_boxed: Any, mesh: Mesh) -> tuple[Any, list[ShardedParameter]]:
     """Shardings of a tree of boxed abstract parameters (as `jax.eval_shape(model.init)` gives).
 
@@ -112,8 +117,7 @@ def shardings(abstract_boxed: Any, mesh: Mesh) -> tuple[Any, list[ShardedParamet
         spec, note = partition_spec(leaf.shape, logical, mesh)
         sharding = NamedSharding(mesh, spec)
         local = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        name = "/".join(str(getattr(k, "key", k)) for k in path)
-        rows.append(ShardedParameter(name, leaf.shape, logical, spec, note, local))
+        rows.append(ShardedParameter(path_name(path), leaf.shape, logical, spec, note, local))
         return sharding
 
     tree = jax.tree_util.tree_map_with_path(

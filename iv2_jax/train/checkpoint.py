@@ -10,7 +10,6 @@ import errno
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -298,11 +297,6 @@ def check_writable(workdir: Path) -> None:
             os.fsync(probe.fileno())
     except OSError as error:
         raise CheckpointError(f"cannot write to --workdir {workdir}: {_reason(error)}") from None
-
-
-def free_bytes(workdir: Path) -> int:
-    """Bytes free on the workdir's file system."""
-    return shutil.disk_usage(workdir).free
 
 
 def _reason(error: BaseException) -> str:

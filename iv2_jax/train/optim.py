@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from iv2_jax.errors import ConfigError
+from iv2_jax.parallel.rules import path_name
 
 # Spec stage1 6.1: no decay for 1-D parameters (norms, biases, layer scale) and for the class token
 # and position tables. Blocks are stacked here, so "1-D" cannot be read off the shape.
@@ -115,11 +116,6 @@ def learning_rate(
         config.warmup_steps,
         config.warmup_lr * scale,
     )
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """`encoder/blocks/attn/qkv/kernel` from a JAX key path."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
 
 
 def match(params: Any, rules: tuple[tuple[str, float], ...], default: float, what: str) -> Any:

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from iv2_jax.parallel.mesh import replicated
+from iv2_jax.parallel.rules import path_name
 
 
 @flax.struct.dataclass
@@ -46,22 +47,18 @@ def state_shardings(abstract: TrainState, param_shardings: Any, mesh: Mesh) -> T
     A leaf of the optimizer state belongs to the parameter whose path its own path ends in.
     """
     table = {
-        _keys(path): sharding
+        path_name(path): sharding
         for path, sharding in jax.tree_util.tree_leaves_with_path(param_shardings)
     }
     whole = replicated(mesh)
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         del leaf
-        keys = _keys(path)
-        suffixes = (keys[i:] for i in range(len(keys)))
+        keys = path_name(path).split("/")
+        suffixes = ("/".join(keys[i:]) for i in range(len(keys)))
         return next((table[suffix] for suffix in suffixes if suffix in table), whole)
 
     return jax.tree_util.tree_map_with_path(one, abstract)
-
-
-def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
 
 
 def apply_gradients(
