@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from iv2_jax.models.video_encoder import EncoderConfig, VideoEncoder
-from iv2_jax.pixels import normalize
 
 
 @functools.lru_cache(maxsize=8)
@@ -21,7 +20,7 @@ def _encode(config: EncoderConfig) -> Any:
 
     @jax.jit
     def encode(params: Any, video: jax.Array) -> dict[str, jax.Array]:
-        output = model.apply({"params": params}, normalize(video))
+        output = model.apply({"params": params}, config.normalize(video))
         frames, height, width = config.grid
         patches = output.tokens[:, 1:].reshape(len(video), frames, height * width, -1)
         by_frame = patches.astype(jnp.float32).mean(axis=2)

@@ -25,7 +25,6 @@ from iv2_jax.interop import model_card, torch_keys
 from iv2_jax.interop.entries import Entry
 from iv2_jax.models.student import StudentConfig
 from iv2_jax.models.video_encoder import EncoderConfig
-from iv2_jax.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 CONFIG_FILE = "config.json"
 PREPROCESSING_FILE = "preprocessing.json"
@@ -152,8 +151,8 @@ def preprocessing_spec(encoder: EncoderConfig) -> dict[str, Any]:
         "image_size": encoder.image_size,
         "resize": "shorter side to image_size, bilinear; then the centre square",
         "scale": 255,
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
+        "mean": list(encoder.pixel_mean),
+        "std": list(encoder.pixel_std),
         "layout": "B 3 T H W",
     }
 
@@ -179,13 +178,12 @@ def verify_export(
 
     from iv2_jax.models.layers import Precision
     from iv2_jax.models.video_encoder import VideoEncoder
-    from iv2_jax.pixels import normalize
 
     theirs = _run_folder(Path(folder), np.asarray(video))
     encoder = dataclasses.replace(encoder_of(config), precision=Precision())
     params = params["encoder"] if isinstance(config, StudentConfig) else params
     with jax.default_matmul_precision("highest"):
-        out = jax.jit(VideoEncoder(encoder).apply)({"params": params}, normalize(video))
+        out = jax.jit(VideoEncoder(encoder).apply)({"params": params}, encoder.normalize(video))
     pairs = ((out.tokens, theirs[0]), (out.pooled, theirs[1]))
     return max(float(np.abs(np.asarray(ours) - torchs).max()) for ours, torchs in pairs)
 

@@ -16,6 +16,7 @@ from iv2_jax.models import positions
 from iv2_jax.models.attention import AttentionPool
 from iv2_jax.models.block_stack import REMAT_POLICIES, Block, resolve_layers, scan_blocks
 from iv2_jax.models.layers import PatchEmbed, Precision, boxed, kernel_init
+from iv2_jax.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class EncoderConfig:
         tubelet: frames of a patch.
         image_size: height and width of a frame in pixels.
         num_frames: frames of a clip.
+        pixel_mean: of red, green and blue in 0..1, taken from the pixels.
+        pixel_std: what the pixels are divided by after that.
         pool_heads: heads of the attentive pool.
         pool_width: size of the pooled vector.
         qkv_bias: bias on queries, keys and values.
@@ -55,6 +58,8 @@ class EncoderConfig:
     tubelet: int = 1
     image_size: int = 224
     num_frames: int = 8
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
+    pixel_std: tuple[float, float, float] = IMAGENET_STD
     pool_heads: int = 16
     pool_width: int = 768
     qkv_bias: bool = False
@@ -88,6 +93,12 @@ class EncoderConfig:
             raise ConfigError(f"drop_path_rate={self.drop_path_rate}: must be in [0, 1)")
         if self.remat not in REMAT_POLICIES:
             raise ConfigError(f"remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+        if min(self.pixel_std) <= 0:
+            raise ConfigError(f"pixel_std={self.pixel_std}: must be positive")
+
+    def normalize(self, video: jax.Array) -> jax.Array:
+        """What the encoder takes, float32, of pixels (..., 3) in 0..255."""
+        return normalize(video, self.pixel_mean, self.pixel_std)
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -29,7 +29,6 @@ from iv2_jax.models import masking, teachers
 from iv2_jax.models.student import AlignmentConfig, Student, StudentConfig, StudentOutput
 from iv2_jax.models.teachers.base import Teacher, TeacherOutput
 from iv2_jax.objectives import distillation
-from iv2_jax.pixels import normalize
 from iv2_jax.train.stage import Batch, Metrics, RunConfig, Stage
 
 
@@ -245,7 +244,7 @@ class DistillStage(Stage):
             visible = self.draw_visible(self.saliency(outputs, len(video)), mask_rng)
         student = self.student.apply(
             {"params": params},
-            normalize(video[:, :: self.config.frame_stride]),
+            self.config.student.encoder.normalize(video[:, :: self.config.frame_stride]),
             visible,
             train=train,
             rngs={"droppath": drop_rng},

@@ -215,16 +215,19 @@ def test_motion_targets_are_signed_differences():
     video = random_video(1, 3, 64, 64)
     out = jitted(teacher)(random_params(), video)
     assert out.pooled is None
-    assert out.tokens.shape == (1, 1, 3 * 16, 112)
+    assert out.tokens.shape == (1, 1, 3 * 16, 160)
     assert out.saliency.shape == (1, 3, 16)
-    tokens = out.tokens.reshape(3, 16, 112)
-    middle = jax.jit(extract_features)(random_params(), video[0]).middle.reshape(3, 16, 112)
-    for t, change in ((0, middle[1] - middle[0]), (2, middle[2] - middle[1])):
+    tokens = out.tokens.reshape(3, 16, 160)
+    early = np.asarray(jax.jit(extract_features)(random_params(), video[0]).early)
+    assert early.shape == (3, 8, 8, 40)
+    cells = [early[:, i : i + 2, j : j + 2] for i in range(0, 8, 2) for j in range(0, 8, 2)]
+    early = np.stack(cells, 1).reshape(3, 16, 160)
+    for t, change in ((0, early[1] - early[0]), (2, early[2] - early[1])):
         length = jnp.linalg.norm(change, axis=-1, keepdims=True)
         expected = change / jnp.sqrt(length**2 + 0.1**2)
         np.testing.assert_allclose(tokens[t], expected, rtol=1e-2, atol=1e-3)
     np.testing.assert_array_equal(tokens[1], tokens[2])
-    backwards = jitted(teacher)(random_params(), video[:, ::-1]).tokens.reshape(3, 16, 112)
+    backwards = jitted(teacher)(random_params(), video[:, ::-1]).tokens.reshape(3, 16, 160)
     np.testing.assert_allclose(backwards[0], -tokens[1], rtol=1e-2, atol=1e-3)
 
 
@@ -245,7 +248,7 @@ def test_moving_cells_weigh_most():
     video[0, 1, 96:112, 100:116] = 255
     teacher = EfficientNetMotionTeacher()
     out = jitted(teacher)(weights(), video)
-    length = jnp.linalg.norm(out.tokens.reshape(2, 8, 8, 112)[0], axis=-1)
+    length = jnp.linalg.norm(out.tokens.reshape(2, 8, 8, 160)[0], axis=-1)
     assert float(length[6, 5:8].min()) > 0.8
     assert float(length[0, 0]) < 0.5
     assert float(length.max()) <= 1

@@ -18,8 +18,8 @@ from iv2_jax.errors import CheckpointError, ConfigError
 from iv2_jax.models.layers import unit_length
 from iv2_jax.models.teachers.base import Teacher, TeacherOutput
 from iv2_jax.models.teachers.efficientnet_network import (
+    EARLY_WIDTH,
     FEATURE_WIDTH,
-    MIDDLE_WIDTH,
     Depthwise,
     Features,
     extract_features,
@@ -129,9 +129,11 @@ class EfficientNetMotionTeacher(_EfficientNetBase):
     """A teacher of motion made of an image network: how its features change between frames.
 
     This is no video network and not a stand-in for the quality of VideoMAEv2-g. Its target for a
-    cell is the difference of the 112 middle features (cells of 16 pixels) between the next frame
-    and this one; the last frame takes the difference to the one before. The sign and the place of
-    the change say which way things move, which a single frame does not show.
+    cell of 16 pixels is the difference of the early features (2x2 places of 40 channels, row by
+    row) between the next frame and this one; the last frame takes the difference to the one before.
+    The sign and the place of the change say which way things move, which a single frame does not
+    show. Early features, since a student of a few hundred steps learns how they change; of the
+    change of later ones it learns little in that time.
 
     A difference d becomes d / sqrt(|d|^2 + floor^2): of unit length where something happens, and
     near zero where nothing does, so that noise of the codec is not blown up to a target. There
@@ -142,9 +144,9 @@ class EfficientNetMotionTeacher(_EfficientNetBase):
         floor: length of a difference, in units of the features, at which the target is 0.7 long.
     """
 
-    floor: float = 8.0
+    floor: float = 40.0
 
-    width: ClassVar[int] = MIDDLE_WIDTH
+    width: ClassVar[int] = 4 * EARLY_WIDTH
     pooled_width: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -160,7 +162,7 @@ class EfficientNetMotionTeacher(_EfficientNetBase):
         return self.grid(num_frames, image_size)
 
     def __call__(self, params: Any, video: jax.Array) -> TeacherOutput:
-        """Gives tokens (1, B, T*h*w, 112) of at most unit length, and saliency (B, T, h*w).
+        """Gives tokens (1, B, T*h*w, 160) of at most unit length, and saliency (B, T, h*w).
 
         Raises:
             ConfigError: the clip has one frame only.
@@ -168,12 +170,19 @@ class EfficientNetMotionTeacher(_EfficientNetBase):
         batch, frames = video.shape[:2]
         if frames < 2:
             raise ConfigError("efficientnet_lite0_motion needs clips of two frames or more")
-        middle = self._features(params, video).middle
-        change = middle[:, 1:] - middle[:, :-1]
+        early = _group_cells(self._features(params, video).early)
+        change = early[:, 1:] - early[:, :-1]
         change = jnp.concatenate([change, change[:, -1:]], axis=1)
         square = jnp.sum(change**2, axis=-1, keepdims=True)
         tokens = change * jax.lax.rsqrt(square + self.floor**2)
         return TeacherOutput(
-            tokens=tokens.reshape(1, batch, -1, MIDDLE_WIDTH),
+            tokens=tokens.reshape(1, batch, -1, self.width),
             saliency=jnp.sqrt(square).reshape(batch, frames, -1),
         )
+
+
+def _group_cells(x: jax.Array) -> jax.Array:
+    """(B, T, 2h, 2w, C) -> (B, T, h, w, 4C): the four places of a cell, row by row."""
+    batch, frames, height, width, channels = x.shape
+    x = x.reshape(batch, frames, height // 2, 2, width // 2, 2, channels)
+    return x.swapaxes(3, 4).reshape(batch, frames, height // 2, width // 2, 4 * channels)

@@ -21,6 +21,7 @@ from iv2_jax.errors import CheckpointError, ConfigError
 from iv2_jax.pixels import normalize
 
 FEATURE_WIDTH = 1280
+EARLY_WIDTH = 40  # channels of the last block at an eighth of the resolution
 MIDDLE_WIDTH = 112  # channels of the last block at a sixteenth of the resolution
 _STEM_WIDTH = 32
 _BATCH_NORM_EPS = 1e-3
@@ -69,12 +70,20 @@ def _table() -> tuple[_Block, ...]:
 
 
 _BLOCKS = _table()
+_LAST_EARLY_BLOCK = 4  # block 5 halves the resolution to a 16th
 _LAST_MIDDLE_BLOCK = 10  # block 11 halves the resolution to a 32nd
 
 
 class Features(NamedTuple):
-    """What a frame becomes: middle (N, H/16, W/16, 112) and final (N, H/32, W/32, 1280)."""
+    """What a frame becomes.
 
+    Attributes:
+        early: (N, H/8, W/8, 40).
+        middle: (N, H/16, W/16, 112).
+        final: (N, H/32, W/32, 1280).
+    """
+
+    early: jax.Array
     middle: jax.Array
     final: jax.Array
 
@@ -108,16 +117,18 @@ def extract_features(params: Params, frames: jax.Array, depthwise: Depthwise = "
     apply_depthwise = _depthwise_shift if shift else _depthwise_conv
     x = normalize(frames, _PIXEL_MEAN, _PIXEL_STD)
     x = _relu6(_conv(x, params["stem"]["kernel"], stride=2) + params["stem"]["bias"])
-    middle = x
+    early = middle = x
     for i, block in enumerate(_BLOCKS):
         layers = params["blocks"][f"{i:02d}"]
         y = _relu6(_dense(x, layers["expand"])) if block.expansion > 1 else x
         y = apply_depthwise(y, layers["depthwise"]["kernel"], block.stride)
         y = _dense(_relu6(y + layers["depthwise"]["bias"]), layers["project"])
         x = x + y if block.residual else y
+        if i == _LAST_EARLY_BLOCK:
+            early = x
         if i == _LAST_MIDDLE_BLOCK:
             middle = x
-    return Features(middle, _relu6(_dense(x, params["head"])))
+    return Features(early, middle, _relu6(_dense(x, params["head"])))
 
 
 def _relu6(x: jax.Array) -> jax.Array:

@@ -17,7 +17,6 @@ from iv2_jax.models.layers import Precision, unit_length
 from iv2_jax.models.positions import resize_positions
 from iv2_jax.models.teachers.base import Teacher, TeacherOutput, resize_frames, weights_path
 from iv2_jax.models.video_encoder import EncoderConfig, VideoEncoder
-from iv2_jax.pixels import normalize
 
 INTERNVIDEO2_1B = zoo.get("internvideo2_1b")
 
@@ -146,7 +145,7 @@ class InternVideo2Teacher(Teacher):
 
     def __call__(self, params: Any, video: jax.Array) -> TeacherOutput:
         """Gives tokens (K, B, 1 + T*L, C), pooled (B, C') and saliency (B, T, L)."""
-        video = resize_frames(normalize(video), self.encoder.image_size)
+        video = resize_frames(self.encoder.normalize(video), self.encoder.image_size)
         out = VideoEncoder(self.encoder).apply({"params": params}, video, return_layers=self.layers)
         return TeacherOutput(
             tokens=unit_length(out.features.astype(jnp.float32)),
