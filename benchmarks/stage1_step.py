@@ -5,7 +5,7 @@
 Both sides take the same step: S-sized student (width 384, depth 12), 8 frames of 224 px, 417 of
 2049 tokens, one decoder for each teacher, batch 2, targets precomputed and gathered, three-term
 loss, backward, AdamW, float32, the same number of threads, the same weights at the start. The
-PyTorch side is `interop/torch_models.py` with plain or fused attention, eager or compiled.
+PyTorch side is `interop/torch_models/video.py` with plain or fused attention, eager or compiled.
 
 Variants take turns within every round, so that a change of the machine's speed hits all alike;
 medians are compared. Compilation is outside the timing and given apart. The first losses must
@@ -180,7 +180,8 @@ def torch_step(
     import torch
 
     from iv2_jax import config as config_lib
-    from iv2_jax.interop import torch_keys, torch_models
+    from iv2_jax.interop import torch_keys
+    from iv2_jax.interop.torch_models import video as torch_models
 
     contents = {"kind": "student", "model": config_lib.to_dict(config)}
     model = torch_models.from_config(contents, fused_attention=fused).train()

@@ -30,6 +30,7 @@ CONFIG_FILE = "config.json"
 PREPROCESSING_FILE = "preprocessing.json"
 CARD_FILE = "README.md"
 MODULE_FILE = "torch_models.py"
+_MODULE_SOURCE = "torch_models/video.py"
 WEIGHT_FILES = {"safetensors": "model.safetensors", "torch": "model.pth"}
 
 ModelConfig = StudentConfig | EncoderConfig
@@ -85,7 +86,7 @@ def export_model(
     (folder / CARD_FILE).write_text(
         model_card.render(contents, preprocessing, count, source), encoding="utf-8"
     )
-    module = importlib.resources.files("iv2_jax.interop") / MODULE_FILE
+    module = importlib.resources.files("iv2_jax.interop") / _MODULE_SOURCE
     (folder / MODULE_FILE).write_text(module.read_text(encoding="utf-8"), encoding="utf-8")
     return folder
 

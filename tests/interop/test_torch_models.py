@@ -16,7 +16,7 @@ from iv2_jax.models.video_encoder import EncoderConfig, VideoEncoder
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch", reason="needs the torch extra")
-from iv2_jax.interop import torch_models  # noqa: E402 (needs torch)
+from iv2_jax.interop.torch_models import video as torch_models  # noqa: E402 (needs torch)
 
 ENCODER = EncoderConfig(
     32,

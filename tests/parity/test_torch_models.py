@@ -26,7 +26,7 @@ def case(request, golden):
 @pytest.mark.parametrize("fused_attention", [False, True], ids=["plain", "sdpa"])
 def test_student(case, fused_attention):
     torch = pytest.importorskip("torch", reason="needs the torch extra")
-    from iv2_jax.interop import torch_models
+    from iv2_jax.interop.torch_models import video as torch_models
 
     config = goldens.student_config(case)
     contents = {"kind": "student", "model": config_lib.to_dict(config)}

@@ -1,4 +1,4 @@
-"""The one table between our parameter tree and the original's PyTorch keys, used both ways.
+"""Table between our video models' parameters and the original's PyTorch keys, used both ways.
 
 A rule is (path of ours, torch key, layout); `entries` explains layouts and converts. A `{}` in a
 torch key numbers the slices of our leading axis. Source of the torch names: spec stage1 8.
@@ -8,32 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iv2_jax.interop.entries import (
-    Entry,
-    Rule,
-    abstract_params,
-    build_entries,
-    from_torch,
-    to_torch,
-    torch_shapes,
-)
+from iv2_jax.interop.entries import Entry, Rule, build_entries
 
 if TYPE_CHECKING:
     from iv2_jax.models.student import AlignmentConfig, StudentConfig
     from iv2_jax.models.teachers.videomae import VideoMAEConfig
     from iv2_jax.models.video_encoder import EncoderConfig
-
-__all__ = [
-    "HEADS",
-    "Entry",
-    "abstract_params",
-    "encoder_map",
-    "from_torch",
-    "student_map",
-    "to_torch",
-    "torch_shapes",
-    "videomae_map",
-]
 
 # What released checkpoints hold beside the encoder, for those who want the encoder alone.
 HEADS = {
