@@ -6,12 +6,18 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
+
+from iv2_jax.errors import ConfigError
+
+TAKES_OVERRIDES = True  # of teacher-features
 
 _EXAMPLES = """examples:
   iv2 data validate clips.jsonl                      every line, file and frame
   iv2 data validate train.csv --format kinetics --prefix /videos --quick
   iv2 data build clips.jsonl packed --short-side 256 --gop 16
   iv2 data bench packed --frames 16 --target 200     cores for 200 clips a second
+  iv2 data teacher-features --config configs/demo/stage1.py --out targets
 """
 
 
@@ -24,11 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_validate(commands)
     _add_build(commands)
     _add_bench(commands)
+    _add_teacher_features(commands)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand that was parsed; returns the exit code."""
-    return {"validate": _validate, "build": _build, "bench": _bench}[args.data_command](args)
+    if args.overrides and args.data_command != "teacher-features":
+        raise ConfigError(f"unknown arguments: {' '.join(args.overrides)}")
+    commands = {
+        "validate": _validate,
+        "build": _build,
+        "bench": _bench,
+        "teacher-features": _teacher_features,
+    }
+    return commands[args.data_command](args)
 
 
 def _add_list_options(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +125,22 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
 
 
+def _add_teacher_features(commands: argparse._SubParsersAction) -> None:
+    """Arguments of `teacher-features`."""
+    parser = commands.add_parser(
+        "teacher-features",
+        help="run the teachers of a stage-1 config once over its clips",
+        description="Writes what the teachers of a stage-1 config give for each of its clips. "
+        "A run with config.teacher_features=FOLDER reads that instead of running the teachers; "
+        "it sees every clip in one view and draws new masks every time.",
+        epilog="example: iv2 data teacher-features --config configs/demo/stage1.py --out targets "
+        "--config.data.source=clips.jsonl --config.eval_data.source=clips.jsonl",
+    )
+    parser.add_argument("--config", required=True, help="config file of the run")
+    parser.add_argument("--out", required=True, help="folder to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder")
+
+
 def _validate(args: argparse.Namespace) -> int:
     """`iv2 data validate`."""
     import dataclasses
@@ -187,6 +218,33 @@ def _build(args: argparse.Namespace) -> int:
     return 0
 
 
+def _teacher_features(args: argparse.Namespace) -> int:
+    """`iv2 data teacher-features`."""
+    from tqdm import tqdm
+
+    from iv2_jax import config as config_lib
+    from iv2_jax.train import loop
+    from iv2_jax.train.distill import DistillConfig
+    from iv2_jax.train.teacher_features import write_teacher_features
+
+    config = loop.read_config(args.config, config_lib.split_overrides(args.overrides))
+    if not isinstance(config, DistillConfig):
+        raise ConfigError(
+            f"{args.config} is a run of stage {config.stage!r}, which has no teachers"
+        )
+    with tqdm(desc="teachers", unit="clip", disable=None) as bar:
+
+        def progress(total: int) -> Callable[[], None]:
+            bar.reset(total)
+            return bar.update
+
+        written = write_teacher_features(
+            config, args.out, overwrite=args.overwrite, progress=progress
+        )
+    print(f"{args.out}: {', '.join(f'{count} clips of {part}' for part, count in written.items())}")
+    return 0
+
+
 def _bench(args: argparse.Namespace) -> int:
     """`iv2 data bench`."""
     import dataclasses
@@ -240,7 +298,6 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _workers(text: str | None) -> list[int]:
     """Numbers of workers to measure: as given, else powers of two up to the cores."""
-    from iv2_jax.errors import ConfigError
 
     if text is None:
         cores = os.cpu_count() or 1

@@ -6,7 +6,8 @@ A batch is a dict of
 * `index` int32 (b,) position of the clip in the split's list (-1 for padding);
 * `replaced` int32 (b,) how many undecodable clips were passed over for the row, normally 0;
 * `valid` bool (b,), evaluation only: False for padding and for clips that do not decode;
-* `visible` int32 (b, N_visible), with a tube or random mask: token 0 is the class token.
+* `visible` int32 (b, N_visible), with a tube or random mask: token 0 is the class token;
+* with `targets`, the stored arrays of each clip by their names.
 
 Batch k holds rows [k*B, (k+1)*B) of an endless stream that goes through the clips epoch by epoch,
 each epoch in its own order; process p takes rows [p*B/P, (p+1)*B/P) of each batch. Nothing else is
@@ -31,6 +32,7 @@ from iv2_jax.data import sampling
 from iv2_jax.data.badclips import BadClipMonitor
 from iv2_jax.data.rows import Order, Rows
 from iv2_jax.data.sources import ClipSource, open_source
+from iv2_jax.data.targets import Targets
 from iv2_jax.errors import ConfigError, DataError, nearest
 
 _ENDLESS_STEPS = 1 << 40
@@ -62,6 +64,9 @@ class DataConfig:
       mask_ratio: share of tokens hidden.
       mask_grid: (T', H', W') of the tokens.
       shuffle: a new order every epoch.
+      fixed_view: training: every clip always in its evaluation view, so that what was computed of
+        it once stays true.
+      targets: folder of arrays stored by clip, see `data.targets`.
       eval: one pass in the list's order, deterministic views, last batch padded.
       num_workers: worker processes; 0 decodes in threads of this process.
       threads: those threads; 0 decodes in the caller's thread.
@@ -91,6 +96,8 @@ class DataConfig:
     mask_ratio: float = 0.8
     mask_grid: tuple[int, int, int] | None = None
     shuffle: bool = True
+    fixed_view: bool = False
+    targets: str = ""
     eval: bool = False
     num_workers: int = 0
     threads: int = 2
@@ -119,6 +126,10 @@ class DataConfig:
         if self.eval and self.augment != "center":
             raise ConfigError(f"data.eval needs data.augment='center', is {self.augment!r}")
         short_side = self.size if self.short_side is None else self.short_side
+        if self.fixed_view and (self.augment != "center" or self.views > 1):
+            raise ConfigError("data.fixed_view needs data.augment='center' and data.views=1")
+        if self.targets and not (self.fixed_view or self.eval):
+            raise ConfigError("data.targets needs data.fixed_view: they were made of one view")
         if self.crops > 1 and (self.augment != "center" or short_side != self.size):
             raise ConfigError("data.crops > 1 needs data.augment='center' and no data.short_side")
         if short_side < self.size:
@@ -263,6 +274,10 @@ def make_loader(
     if config.eval:
         left = max(steps_in_pass(len(source), global_batch) - start_step, 0)
         steps = left if steps is None else min(steps, left)
+    targets = records = None
+    if config.targets:
+        targets = Targets(config.targets, "eval" if config.eval else "train")
+        records = targets.records([clip.id for clip in source.clips])
     order = Order(len(source), seed, shuffle=config.shuffle and not config.eval)
     rows = Rows(
         source,
@@ -274,11 +289,13 @@ def make_loader(
         global_batch=global_batch,
         process_index=process_index,
         process_count=process_count,
+        targets=targets,
+        records=records,
     )
     local_batch = global_batch // process_count
     dataset = grain.MapDataset.source(rows).batch(local_batch, drop_remainder=True)
     if config.num_workers:
-        _check_shared_memory(config, local_batch)
+        _check_shared_memory(config, local_batch, targets.nbytes if targets else 0)
         _settle_flags()
         dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         dataset = dataset.mp_prefetch(
@@ -338,12 +355,13 @@ def _settle_flags() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def _check_shared_memory(config: DataConfig, local_batch: int) -> None:
+def _check_shared_memory(config: DataConfig, local_batch: int, extra: int) -> None:
     """Refuses to start workers that would run out of the memory they hand batches over in."""
     folder = "/dev/shm"
     if not sys.platform.startswith("linux") or not os.path.isdir(folder):
         return
-    batch = local_batch * config.num_views * config.num_frames * config.size**2 * 3
+    clip = config.num_views * config.num_frames * config.size**2 * 3 + extra
+    batch = local_batch * clip
     needed = batch * (config.prefetch + 2) * config.num_workers
     free = shutil.disk_usage(folder).free
     if needed > free:

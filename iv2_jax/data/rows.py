@@ -18,6 +18,7 @@ from iv2_jax.data import augment, masking, sampling
 from iv2_jax.data.badclips import BadClipLog
 from iv2_jax.data.decode import DecodeError
 from iv2_jax.data.sources import ClipSource, Frames
+from iv2_jax.data.targets import Targets
 from iv2_jax.errors import DataError
 
 if TYPE_CHECKING:
@@ -81,8 +82,15 @@ class Rows:
         global_batch: int,
         process_index: int,
         process_count: int,
+        targets: Targets | None = None,
+        records: np.ndarray | None = None,
     ) -> None:
-        """Takes the clips, what to do with them, and which rows are this process's."""
+        """Takes the clips, what to do with them, and which rows are this process's.
+
+        `records` are the record numbers in `targets` by clip; a clip of record -1 did not decode
+        when they were made and is passed over.
+        """
+        self._targets, self._records = targets, records
         self._source = source
         self._config = config
         self._order = order
@@ -154,6 +162,10 @@ class Rows:
             "index": np.int32(index),
             "replaced": np.int32(replaced),
         }
+        if self._targets is not None and self._records is not None:
+            known = 0 <= index < len(self._records) and self._records[index] >= 0
+            record = self._records[index] if known else -1
+            row |= self._targets.zeros() if record < 0 else self._targets.read(int(record))
         if config.mask != "none" and config.mask_grid is not None:
             draw = masking.tube_mask if config.mask == "tube" else masking.random_mask
             row["visible"] = masking.to_visible(draw(config.mask_grid, config.mask_ratio, rng))
@@ -164,6 +176,11 @@ class Rows:
         if index in self._bad:
             return None
         name = self._source.name(index)
+        if self._records is not None and self._records[index] < 0:
+            with self._lock:
+                self._bad.add(index)
+            self._log.add(name, "did not decode when its targets were made")
+            return None
         try:
             clip = self._source.open(index)
             try:
@@ -196,7 +213,7 @@ def load_views(clip: Frames, config: DataConfig, rng: np.random.Generator) -> np
     train, evaluate = sampling.rule(config.sampling, stride=config.stride)
     picks: list[np.ndarray] = []
     for view in range(config.views):
-        if config.eval:
+        if config.eval or config.fixed_view:
             chosen = evaluate(available, config.num_frames, view, config.views)
         else:
             chosen = train(available, config.num_frames, rng)

@@ -104,7 +104,7 @@ def masked_frames(run: Path, rows: int = 4) -> list[dict[str, str]]:
     # Clips of the batch that lie far apart in the list, so that not all are of one kind.
     pick = np.linspace(0, len(batch["video"]) - 1, min(rows, len(batch["video"]))).astype(int)
     video = jnp.asarray(batch["video"][pick])
-    frozen = jax.tree.map(jnp.asarray, stage.load_frozen())
+    frozen = jax.tree.map(jnp.asarray, stage.load_teachers())
     outputs = jax.jit(stage.teach)(frozen, video)
     grid = config.student.encoder.grid
     saliency = stage.saliency(outputs, len(video))

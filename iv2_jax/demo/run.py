@@ -74,15 +74,26 @@ def run(
     with timeline.part("clips"):
         prepared = prepare(out / "data", data=data)
     config = config or _default_config()
+    targets = out / "targets"
+    fields = (
+        f"--config.data.source={prepared.manifest}",
+        f"--config.eval_data.source={prepared.manifest}",
+        *overrides,
+    )
+    with timeline.part("teachers"):
+        if not _made_since(targets, prepared.manifest):
+            timeline.call(
+                *("data", "teacher-features", "--config", config, "--out", str(targets)),
+                *("--overwrite", *fields),
+            )
     runs = [out / f"seed{seed}" for seed in range(seeds)]
     for seed, workdir in enumerate(runs):
         with timeline.part(f"training, seed {seed}"):
             timeline.call(
                 *("train", "--config", config, "--workdir", str(workdir)),
-                f"--config.data.source={prepared.manifest}",
-                f"--config.eval_data.source={prepared.manifest}",
+                *fields,
+                f"--config.teacher_features={targets}",
                 f"--config.seed={seed}",
-                *overrides,
             )
     probe_file, feature_file = out / "probe.json", out / "features.npz"
     with timeline.part("probes"):
@@ -155,6 +166,12 @@ class Timeline:
                     continue  # it ended between being listed and being asked
             self._peak = max(self._peak, total)
             time.sleep(0.5)
+
+
+def _made_since(targets: Path, manifest: Path) -> bool:
+    """Whether the teachers' outputs were written after the list of clips."""
+    index = targets / "targets.json"
+    return index.is_file() and index.stat().st_mtime > manifest.stat().st_mtime
 
 
 def _default_config() -> str:

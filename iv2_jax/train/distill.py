@@ -6,6 +6,8 @@ whole-clip masks) and the demo (teachers from an image network with another patc
 A batch, rows split over the mesh's data and fsdp axes:
   video     (B, T, H, W, 3) uint8, RGB; T is the student's frames times `frame_stride`
   visible   (B, N_visible) int32, only with masks made by the loader (`mask.kind` tube or random)
+  {role}_tokens (B, K, N, C), {role}_pooled (B, C'), {role}_saliency (B, T', H'W'), all float16, of
+            roles clip and mae: the teachers' outputs, only with `teacher_features`
 and on the host only:
   index     (B,) int32, position of the clip in its list
   replaced  (B,) int32, undecodable clips passed over for this row
@@ -23,13 +25,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from iv2_jax import config as config_lib
 from iv2_jax.data.pipeline import DataConfig, make_loader
+from iv2_jax.data.targets import check_settings
 from iv2_jax.errors import ConfigError
 from iv2_jax.models import masking, teachers
 from iv2_jax.models.student import AlignmentConfig, Student, StudentConfig, StudentOutput
 from iv2_jax.models.teachers.base import Teacher, TeacherOutput
 from iv2_jax.objectives import distillation
 from iv2_jax.train.stage import Batch, Metrics, RunConfig, Stage
+
+# What decides which pixels of a clip are seen.
+VIEW_FIELDS = ("num_frames", "size", "short_side", "sampling", "stride", "released_minus_one")
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,9 @@ class DistillConfig(RunConfig):
       mae_teacher: Teacher of the `mae` group; sees every frame of the batch.
       mask: Which patches the student sees.
       loss: Weights of the terms.
+      teacher_features: Folder that `iv2 data teacher-features` wrote; the run reads what the
+        teachers give from it instead of running them. Clips are then always seen in the view it
+        was made of (`data.fixed_view`).
     """
 
     student: StudentConfig
@@ -89,6 +99,7 @@ class DistillConfig(RunConfig):
     mae_teacher: TeacherConfig | None = None
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: LossWeights = field(default_factory=LossWeights)
+    teacher_features: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +114,22 @@ class DistillConfig(RunConfig):
                 raise ConfigError(
                     f"{name}.size {data.size} is not student.encoder.image_size "
                     f"{encoder.image_size}"
+                )
+        if self.teacher_features:
+            self._check_views()
+
+    def _check_views(self) -> None:
+        """Stored features are of one view of a clip, the same in training and evaluation."""
+        if self.data.augment != "center" or self.data.views > 1:
+            raise ConfigError(
+                "teacher_features needs data.augment='center' and data.views=1: what is read was "
+                f"computed of one view (here {self.data.augment!r}, views {self.data.views})"
+            )
+        for name in VIEW_FIELDS if self.eval_data else ():
+            ours, theirs = getattr(self.data, name), getattr(self.eval_data, name)
+            if ours != theirs:
+                raise ConfigError(
+                    f"teacher_features needs eval_data.{name} {theirs!r} to be data.{name} {ours!r}"
                 )
 
     @property
@@ -198,11 +225,18 @@ class DistillStage(Stage):
         return self.student.init({"params": rng}, video, visible)["params"]
 
     def load_frozen(self) -> Any:
+        """Weights of the teachers, none when what they give is read."""
+        return {} if self.config.teacher_features else self.load_teachers()
+
+    def load_teachers(self) -> Any:
         """Weights of the teachers; teachers that share weights share one copy."""
         return {t.weights_id: t.load() for t in self.teachers.values()}
 
     def abstract_frozen(self) -> Any:
-        """Shapes of the teachers' weights."""
+        """Shapes of `load_frozen`."""
+        return {} if self.config.teacher_features else self._abstract_teachers()
+
+    def _abstract_teachers(self) -> Any:
         return {
             t.weights_id: jax.eval_shape(t.init, jax.random.key(0)) for t in self.teachers.values()
         }
@@ -214,6 +248,9 @@ class DistillStage(Stage):
         if self._loader_masks:
             shape = (batch_size, self.tokens_per_clip())
             batch["visible"] = jax.ShapeDtypeStruct(shape, jnp.int32)
+        if self.config.teacher_features:
+            outputs = jax.eval_shape(self.teach, self._abstract_teachers(), batch["video"])
+            batch |= jax.eval_shape(stored_arrays, outputs)
         return batch
 
     @property
@@ -237,7 +274,8 @@ class DistillStage(Stage):
         """Sum of the weighted terms, each a mean of 2 - 2 cos over layers, clips and tokens."""
         mask_rng, drop_rng = jax.random.split(rng)
         video = batch["video"]
-        outputs = self.teach(frozen, video)
+        read = self.config.teacher_features
+        outputs = self._stored_outputs(batch) if read else self.teach(frozen, video)
         if self._loader_masks:
             visible = batch["visible"]
         else:
@@ -271,6 +309,22 @@ class DistillStage(Stage):
             outputs[role] = jax.lax.stop_gradient(teacher(frozen[teacher.weights_id], frames))
         return outputs
 
+    def _stored_outputs(self, batch: Batch) -> dict[str, TeacherOutput]:
+        """What `stored_arrays` made of the teachers' outputs, as it was."""
+
+        def given(role: str, name: str) -> jax.Array | None:
+            value = batch.get(f"{role}_{name}")
+            return None if value is None else value.astype(jnp.float32)
+
+        return {
+            role: TeacherOutput(
+                tokens=given(role, "tokens").swapaxes(0, 1),
+                pooled=given(role, "pooled"),
+                saliency=given(role, "saliency"),
+            )
+            for role in self.teachers
+        }
+
     def saliency(self, outputs: dict[str, TeacherOutput], batch_size: int) -> jax.Array:
         """What guides the mask, on the student's grid: (B, T', H'*W') float32, non-negative."""
         config, grid = self.config.mask, self.config.student.encoder.grid
@@ -301,6 +355,15 @@ class DistillStage(Stage):
             terms["final"] = distillation.final_loss(student.final, outputs["clip"].pooled)
         return terms
 
+    def teacher_settings(self) -> dict[str, Any]:
+        """All that the teachers' outputs follow from, beside the clips themselves."""
+        given = {"clip": self.config.clip_teacher, "mae": self.config.mae_teacher}
+        return {
+            **{f"data.{name}": getattr(self.config.data, name) for name in VIEW_FIELDS},
+            **{f"{role}_teacher": config_lib.to_dict(given[role]) for role in self.teachers},
+            "student_frames": self.config.student.encoder.num_frames,
+        }
+
     def train_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
         """Endless training batches from `start_step` on."""
         return self._loader(self.config.data, start_step)
@@ -312,6 +375,9 @@ class DistillStage(Stage):
         return self._loader(self.config.eval_data, 0)
 
     def _loader(self, data: DataConfig, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        if self.config.teacher_features:
+            check_settings(self.config.teacher_features, self.teacher_settings())
+            data = dataclasses.replace(data, targets=self.config.teacher_features, fixed_view=True)
         if self._loader_masks:
             mask = self.config.mask
             grid = self.config.student.encoder.grid
@@ -324,3 +390,19 @@ class DistillStage(Stage):
             process_count=jax.process_count(),
             start_step=start_step,
         )
+
+
+def stored_arrays(outputs: dict[str, TeacherOutput]) -> dict[str, jax.Array]:
+    """What is stored of a batch's teacher outputs: float16 arrays with the batch in front.
+
+    Saliency is scaled to a mean of one by clip: masks follow from its ratios, and it must fit.
+    """
+    arrays = {}
+    for role, output in outputs.items():
+        arrays[f"{role}_tokens"] = output.tokens.swapaxes(0, 1)
+        if output.pooled is not None:
+            arrays[f"{role}_pooled"] = output.pooled
+        if output.saliency is not None:
+            mean = jnp.mean(output.saliency, axis=(1, 2), keepdims=True)
+            arrays[f"{role}_saliency"] = output.saliency / jnp.maximum(mean, 1e-12)
+    return {name: value.astype(jnp.float16) for name, value in arrays.items()}

@@ -96,7 +96,7 @@ def _train(config: RunConfig, workdir: Path) -> Ending:
     if jax.process_index() == 0:
         logger.info("\n%s", program.report)
 
-    frozen = _put_frozen(stage, mesh)
+    frozen = put_frozen(stage, mesh)
     key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
     writer = MetricWriter(workdir, config.steps, first_step, tensorboard=config.tensorboard)
     loop = _Loop(config, stage, program, checkpointer, writer, frozen, key, plain_config)
@@ -293,7 +293,7 @@ def to_device(batch: Any, host_arrays: tuple[str, ...], mesh: Mesh) -> dict[str,
     }
 
 
-def _put_frozen(stage: Stage, mesh: Mesh) -> Any:
+def put_frozen(stage: Stage, mesh: Mesh) -> Any:
     """Loads frozen weights onto the mesh, sharded by the same table as trained ones."""
     boxed = stage.abstract_frozen()
     tree, _ = rules.shardings(boxed, mesh)

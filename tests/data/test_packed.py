@@ -220,7 +220,7 @@ def test_full_disk_said_by_the_system(records, folder, monkeypatch):
     def full(self, record):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(packed._Shards, "write", full)
+    monkeypatch.setattr(packed.Shards, "write", full)
     with pytest.raises(DataError, match="the disk is full"):
         packed.build(records, folder)
     assert _nothing_left(folder)
@@ -230,7 +230,7 @@ def test_full_disk_said_by_the_record_writer(records, folder, monkeypatch):
     def full(self):
         raise RuntimeError("write() failed: No space left on device; writing x")
 
-    monkeypatch.setattr(packed._Shards, "close", full)
+    monkeypatch.setattr(packed.Shards, "close", full)
     with pytest.raises(DataError, match="the disk is full"):
         packed.build(records, folder)
     assert _nothing_left(folder)
