@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand that was parsed; returns the exit code."""
-    if args.overrides and args.data_command != "teacher-features":
+    if getattr(args, "overrides", None) and args.data_command != "teacher-features":
         raise ConfigError(f"unknown arguments: {' '.join(args.overrides)}")
     commands = {
         "validate": _validate,
