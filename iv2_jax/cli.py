@@ -18,6 +18,7 @@ VERBS = {
     "data": ("iv2_jax.data.commands", "build, validate and time data sets"),
     "export": ("iv2_jax.interop.export_command", "write a checkpoint in PyTorch's names"),
     "import": ("iv2_jax.interop.import_command", "read PyTorch weights into a checkpoint"),
+    "zoo": ("iv2_jax.interop.zoo_command", "list the models, or one model's parameters"),
     "demo": ("iv2_jax.demo.commands", "the whole of stage 1 on real clips, with a report"),
 }
 EXAMPLES = """\

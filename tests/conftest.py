@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -38,3 +39,11 @@ def shared_dir() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the developers' ../shared folder, which is not here")
     return SHARED
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_do_not_pile_up():
+    """Drops them after every file: kept, the whole suite's take 7 GB of memory."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,11 @@ from iv2_jax.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 Rule = tuple[str, str, str]  # path of ours, torch key, layout
+
+
+class MisfitError(CheckpointError):
+    """Names or shapes that do not fit the model that was asked for."""
+
 
 _LISTED = 10  # keys shown of each kind of misfit
 
@@ -40,6 +45,11 @@ class Entry:
         shape: shape of our array, the leading axis included.
         permutation: our axes (of one slice) in torch order, before flattening.
         torch_shape: shape of each torch tensor.
+        copies: torch keys that hold the same tensor again (tied weights). All are written; a file
+            may lack any of them but one, and they may not differ.
+        constant: makes a tensor that is no parameter (a buffer of the original); `path` is empty.
+            It is written, and left out on reading.
+        torch_dtype: dtype of torch tensors that are whole numbers where our array is float32.
     """
 
     path: str
@@ -48,6 +58,14 @@ class Entry:
     shape: tuple[int, ...]
     permutation: tuple[int, ...]
     torch_shape: tuple[int, ...]
+    copies: tuple[str, ...] = ()
+    constant: Callable[[], np.ndarray] | None = None
+    torch_dtype: str | None = None
+
+    @property
+    def all_keys(self) -> tuple[str, ...]:
+        """The torch keys and their copies."""
+        return self.torch_keys + self.copies
 
     @property
     def slice_shape(self) -> tuple[int, ...]:
@@ -57,36 +75,49 @@ class Entry:
     def to_torch(self, array: Any) -> list[Any]:
         """Gives the torch tensors (NumPy, or abstract if `array` is) in the order of the keys."""
         if isinstance(array, jax.ShapeDtypeStruct):
-            abstract = jax.ShapeDtypeStruct(self.torch_shape, array.dtype)
+            abstract = jax.ShapeDtypeStruct(self.torch_shape, self.torch_dtype or array.dtype)
             return [abstract] * len(self.torch_keys)
         slices = np.asarray(array) if self.stacked else np.asarray(array)[None]
         return [
-            np.ascontiguousarray(part.transpose(self.permutation).reshape(self.torch_shape))
+            # Not ascontiguousarray: it makes a vector of a scalar.
+            np.asarray(
+                part.transpose(self.permutation).reshape(self.torch_shape),
+                dtype=self.torch_dtype,
+                order="C",
+            )
             for part in slices
         ]
 
     def from_torch(self, tensors: Sequence[Any], dtype: Any = None) -> Any:
         """Gives our array (NumPy, or abstract if the tensors are) from the torch tensors."""
         if isinstance(tensors[0], jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(self.shape, tensors[0].dtype if dtype is None else dtype)
+            dtype = self.own_dtype([tensors[0].dtype]) if dtype is None else dtype
+            return jax.ShapeDtypeStruct(self.shape, dtype)
         if dtype is None:
-            dtype = np.result_type(*(tensor.dtype for tensor in tensors))
-        split = tuple(self.slice_shape[axis] for axis in self.permutation)
-        inverse = np.argsort(self.permutation)
+            dtype = self.own_dtype([tensor.dtype for tensor in tensors])
         out = np.empty((len(tensors), *self.slice_shape), dtype)
         for index, tensor in enumerate(tensors):  # one at a time: the file may be lazily read
-            out[index] = np.asarray(tensor).reshape(split).transpose(inverse)
+            out[index] = self.slice_from_torch(tensor)
         return out if self.stacked else out[0]
+
+    def own_dtype(self, given: Iterable[Any]) -> np.dtype:
+        """The dtype of our array when the torch tensors' dtypes are kept."""
+        return np.dtype(np.float32) if self.torch_dtype else np.result_type(*given)
+
+    def slice_from_torch(self, tensor: Any) -> np.ndarray:
+        """Gives one torch tensor's values in our layout, a view where that can be."""
+        split = tuple(self.slice_shape[axis] for axis in self.permutation)
+        return np.asarray(tensor).reshape(split).transpose(np.argsort(self.permutation))
 
 
 def torch_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
     """Gives `{torch key: shape}` of a whole model, without allocating anything."""
-    return {key: entry.torch_shape for entry in entries for key in entry.torch_keys}
+    return {key: entry.torch_shape for entry in entries for key in entry.all_keys}
 
 
 def abstract_params(entries: Iterable[Entry], dtype: Any = np.float32) -> dict[str, Any]:
     """Gives our parameter tree as `jax.ShapeDtypeStruct`s, without allocating anything."""
-    flat = {entry.path: jax.ShapeDtypeStruct(entry.shape, dtype) for entry in entries}
+    flat = {entry.path: jax.ShapeDtypeStruct(entry.shape, dtype) for entry in parameters(entries)}
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -103,17 +134,24 @@ def to_torch(params: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, A
     Raises:
         CheckpointError: a parameter is missing, unexpected or of another shape; all are listed.
     """
+    return dict(torch_items(params, entries))
+
+
+def torch_items(params: Mapping[str, Any], entries: Sequence[Entry]) -> Iterator[tuple[str, Any]]:
+    """Gives the original's tensors one after the other; arguments and errors as of `to_torch`."""
     flat = traverse_util.flatten_dict(meta.unbox(dict(params)), sep="/")
     _check(
         {path: tuple(np.shape(value)) for path, value in flat.items()},
-        {entry.path: entry.shape for entry in entries},
+        {entry.path: entry.shape for entry in parameters(entries)},
         "parameters do not fit the model",
     )
-    return {
-        key: tensor
-        for entry in entries
-        for key, tensor in zip(entry.torch_keys, entry.to_torch(flat[entry.path]), strict=True)
-    }
+    for entry in entries:
+        if entry.constant is not None:
+            yield entry.torch_keys[0], entry.constant()
+            continue
+        parts = entry.to_torch(flat[entry.path])
+        # A copy is the same object: whoever writes the tensors may share them too.
+        yield from zip(entry.all_keys, parts + parts[:1] * len(entry.copies), strict=True)
 
 
 def from_torch(
@@ -141,14 +179,42 @@ def from_torch(
     Raises:
         CheckpointError: keys are missing, unexpected or of another shape; all are listed.
     """
-    wanted = torch_shapes(entries)
-    dropped = _ignored([key for key in tensors if key not in wanted], ignore or {}, source)
-    found = {key: tuple(np.shape(tensors[key])) for key in tensors if key not in dropped}
-    _check(found, wanted, f"{source} does not fit the model")
-    flat = {
-        entry.path: entry.from_torch(_Lazy(tensors, entry.torch_keys), dtype) for entry in entries
-    }
+    flat = {}
+    for entry, keys in plan(tensors, entries, ignore=ignore, source=source):
+        flat[entry.path] = entry.from_torch(_Lazy(tensors, keys), dtype)
+        check_copies(entry, keys[0], tensors, source)
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def plan(
+    tensors: Mapping[str, Any],
+    entries: Sequence[Entry],
+    *,
+    ignore: Mapping[str, str] | None = None,
+    source: str = "state dict",
+) -> list[tuple[Entry, tuple[str, ...]]]:
+    """Accounts for every key, by names and shapes alone: no value is read.
+
+    Args:
+        tensors: `{torch key: array}`; values need `shape`.
+        entries: the model's entries.
+        ignore: as in `from_torch`.
+        source: as in `from_torch`.
+
+    Returns:
+        Each parameter's entry with the keys it is to be read from.
+
+    Raises:
+        CheckpointError: keys are missing, unexpected or of another shape; all are listed.
+    """
+    known = torch_shapes(entries)
+    dropped = _ignored([key for key in tensors if key not in known], ignore or {}, source)
+    found = {key: tuple(np.shape(tensors[key])) for key in tensors if key not in dropped}
+    keys = [(entry, _keys_to_read(entry, tensors)) for entry in parameters(entries)]
+    read = {key for _, group in keys for key in group}
+    wanted = {key: shape for key, shape in known.items() if key in read or key in found}
+    _check(found, wanted, f"{source} does not fit the model")
+    return keys
 
 
 def build_entries(
@@ -157,6 +223,9 @@ def build_entries(
     count: int,
     path_prefix: str = "",
     key_prefix: str = "",
+    *,
+    start: int = 0,
+    step: int = 1,
 ) -> list[Entry]:
     """Fills rules with sizes.
 
@@ -167,6 +236,8 @@ def build_entries(
         count: length of the leading axis of numbered rules.
         path_prefix: put before every path of ours.
         key_prefix: put before every torch key.
+        start: number of the first slice of numbered rules (a stack that begins further down).
+        step: from the number of a slice to the next one's (a stack of every second layer).
 
     Returns:
         One entry a rule, in the same order.
@@ -175,7 +246,8 @@ def build_entries(
     for path, key, layout in rules:
         shape, permutation, torch_shape = _read_layout(layout, sizes)
         stacked = "{}" in key
-        keys = tuple(key.format(index) for index in range(count)) if stacked else (key,)
+        numbers = range(start, start + count * step, step)
+        keys = tuple(key.format(index) for index in numbers) if stacked else (key,)
         entries.append(
             Entry(
                 path=path_prefix + path,
@@ -187,6 +259,61 @@ def build_entries(
             )
         )
     return entries
+
+
+def parameters(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries that stand for a parameter of ours, without constants."""
+    return [entry for entry in entries if entry.constant is None]
+
+
+def with_copies(entries: Iterable[Entry], copies: Mapping[str, Sequence[str]]) -> list[Entry]:
+    """Says which torch keys hold a tensor again.
+
+    Args:
+        entries: entries of a model.
+        copies: `{path of ours: torch keys}`; prefixes and all.
+
+    Returns:
+        The entries, in the same order.
+    """
+    return [
+        dataclasses.replace(entry, copies=tuple(copies.get(entry.path, entry.copies)))
+        for entry in entries
+    ]
+
+
+def constant_entry(key: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> Entry:
+    """The entry of a buffer of the original that is no parameter, such as `position_ids`.
+
+    Args:
+        key: its torch key.
+        shape: its shape.
+        make: makes its value for export.
+    """
+    permutation = tuple(range(len(shape)))
+    return Entry("", (key,), False, shape, permutation, shape, constant=make)
+
+
+def _keys_to_read(entry: Entry, tensors: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that a parameter is read from: its own, or a copy where that is all there is."""
+    if entry.copies and entry.torch_keys[0] not in tensors:
+        return next(((key,) for key in entry.copies if key in tensors), entry.torch_keys)
+    return entry.torch_keys
+
+
+def check_copies(entry: Entry, read: str, tensors: Mapping[str, Any], source: str) -> None:
+    """Raises if a file's copies of a tied tensor differ."""
+    for key in entry.all_keys if entry.copies else ():
+        if key == read or key not in tensors:
+            continue
+        first, second = tensors[read], tensors[key]
+        if isinstance(first, jax.ShapeDtypeStruct):
+            continue
+        if not np.array_equal(np.asarray(first), np.asarray(second)):
+            raise CheckpointError(
+                f"{source} does not fit the model: {read} and {key} are one tied tensor in it, "
+                "but differ in the file"
+            )
 
 
 class _Lazy(Sequence):
@@ -219,7 +346,10 @@ def _read_layout(
         return shape, tuple(range(len(shape))), shape
     axes = ours.split()
     groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", torch)]
-    permutation = tuple(axes.index(axis) for group in groups for axis in group)
+    # A 1 that only the torch side has is an axis that reshaping adds.
+    permutation = tuple(
+        axes.index(axis) for group in groups for axis in group if axis != "1" or "1" in axes
+    )
     shape = tuple(size(axis) for axis in axes)
     return shape, permutation, tuple(int(np.prod([size(a) for a in group])) for group in groups)
 
@@ -250,7 +380,7 @@ def _check(
     lines += _listed("mis-shaped", misshaped, lambda n: _shape_hint(found[n], wanted[n]))
     if len(misshaped) > len(wanted) // 2:
         lines.append("  most shapes differ: this is a model of another size than the config says.")
-    raise CheckpointError("\n".join(lines))
+    raise MisfitError("\n".join(lines))
 
 
 def _listed(kind: str, names: Sequence[str], hint: Callable[[str], str]) -> list[str]:

@@ -1,165 +1,146 @@
 """Writes a model as a folder that plain PyTorch loads, and checks it against the Flax model.
 
 The folder holds the weights in the original's key names, `config.json`, `preprocessing.json`, a
-model card and a copy of `torch_models.py`; with them it needs PyTorch and nothing of this project.
+model card and our PyTorch modules; with them it needs PyTorch and nothing of this project.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.resources
 import importlib.util
 import json
 import math
+import os
+import shutil
 import sys
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from iv2_jax import __version__
 from iv2_jax import config as config_lib
 from iv2_jax.errors import CheckpointError, ConfigError
-from iv2_jax.interop import model_card, torch_keys
+from iv2_jax.interop import entries, families, model_card, preprocessing, run_config, weight_files
 from iv2_jax.interop.entries import Entry
 from iv2_jax.models.student import StudentConfig
 from iv2_jax.models.video_encoder import EncoderConfig
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE = run_config.CONFIG_FILE
 PREPROCESSING_FILE = "preprocessing.json"
+HF_PREPROCESSING_FILE = "preprocessor_config.json"
 CARD_FILE = "README.md"
-MODULE_FILE = "torch_models.py"
-_MODULE_SOURCE = "torch_models/video.py"
-WEIGHT_FILES = {"safetensors": "model.safetensors", "torch": "model.pth"}
+MODULE_FOLDER = "torch_models"
+FORMATS = ("safetensors", "torch", "hf")
+SHARD_BYTES = 5_000_000_000
 
-ModelConfig = StudentConfig | EncoderConfig
+_HF_MODULE = "modeling_iv2.py"
+_HF_IMPORT = "from .video import from_config  # the file of the exported family; its others follow"
+
+read_config = run_config.read_exported
+weights_file = run_config.exported_weights
+run_model_config = run_config.read_run
 
 
 def export_model(
     params: Mapping[str, Any],
-    config: ModelConfig,
+    config: Any,
     folder: str | Path,
     *,
-    weight_format: Literal["safetensors", "torch"] = "safetensors",
+    weight_format: Literal["safetensors", "torch", "hf"] = "safetensors",
     source: str = "",
     overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes a model for plain PyTorch.
+    """Writes a model for plain PyTorch, whole or not at all.
 
     Args:
-        params: the parameters of the student or of the encoder.
-        config: its config. A student without any alignment is written as an encoder.
+        params: the model's parameters.
+        config: its config, of any kind. A student without any alignment is written as an encoder.
         folder: where to; made if need be.
-        weight_format: `safetensors`, or `torch` for a `.pth` by `torch.save`.
+        weight_format: `safetensors`; `torch` for a `.pth` by `torch.save`; `hf` for a folder that
+            `AutoModel.from_pretrained(folder, trust_remote_code=True)` loads.
         source: where the weights come from, for the model card.
         overwrite: write into a folder that has files already.
+        shard_bytes: largest shard of `hf`.
 
     Returns:
         The folder.
 
     Raises:
         CheckpointError: the parameters do not fit the config, or the folder is not empty.
-        ConfigError: `weight_format` is unknown.
+        ConfigError: `weight_format` is unknown, or the kind of model is never exported.
     """
-    if weight_format not in WEIGHT_FILES:
-        raise ConfigError(f"format {weight_format!r} is none of {sorted(WEIGHT_FILES)}")
+    if weight_format not in FORMATS:
+        raise ConfigError(f"format {weight_format!r} is none of {', '.join(FORMATS)}")
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise CheckpointError(f"{folder} is not empty; name another folder, or use --overwrite")
     params, config = _plainest(params, config)
-    tensors = torch_keys.to_torch(params, model_entries(config))
-    encoder = encoder_of(config)
-    preprocessing = preprocessing_spec(encoder)
-    contents = {
-        "format": "iv2_jax",
-        "version": __version__,
-        "kind": "student" if isinstance(config, StudentConfig) else "encoder",
-        "weights": WEIGHT_FILES[weight_format],
-        "model": config_lib.to_dict(config),
-    }
-    count = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    family = families.of(config)
+    if family.torch_file is None:
+        raise ConfigError(f"models of kind {family.name} are read as teachers, never exported")
+    table = family.entries(config)
+    abstract = entries.to_torch(_abstract(params), table)  # checks names and shapes
+    count = sum(math.prod(entry.shape) for entry in entries.parameters(table))
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(folder / WEIGHT_FILES[weight_format], tensors, weight_format)
-    _write_json(folder / CONFIG_FILE, contents)
-    _write_json(folder / PREPROCESSING_FILE, preprocessing)
-    (folder / CARD_FILE).write_text(
-        model_card.render(contents, preprocessing, count, source), encoding="utf-8"
-    )
-    module = importlib.resources.files("iv2_jax.interop") / _MODULE_SOURCE
-    (folder / MODULE_FILE).write_text(module.read_text(encoding="utf-8"), encoding="utf-8")
+    work = folder / f".exporting-{uuid.uuid4().hex}"
+    work.mkdir()
+    try:
+        tensors = entries.torch_items(params, table)
+        if weight_format == "torch":
+            weights = weight_files.write_torch(work, tensors)
+        else:
+            sizes = weight_files.tensor_bytes(abstract)
+            limit = shard_bytes if weight_format == "hf" else None
+            weights = weight_files.write_safetensors(work, tensors, sizes, limit)
+        contents = _contents(config, family, weights)
+        spec = family.preprocessing_spec(config)
+        if weight_format == "hf":
+            dtypes = {np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(_abstract(params))}
+            contents |= _hf_fields(dtypes)
+            _write_hf_modules(work, family.torch_file)
+            _write_json(work / HF_PREPROCESSING_FILE, spec)
+        else:
+            _write_package(work / MODULE_FOLDER, family.torch_file)
+            _write_json(work / PREPROCESSING_FILE, spec)
+        _write_json(work / CONFIG_FILE, contents)
+        card = model_card.render(contents, spec, count, source)
+        (work / CARD_FILE).write_text(card, encoding="utf-8")
+        _move(work, folder)
+    finally:
+        shutil.rmtree(work)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
     return folder
 
 
-def read_config(folder: str | Path) -> ModelConfig:
-    """Reads the model config of an exported folder.
-
-    Raises:
-        CheckpointError: the folder has no config.json that `export_model` wrote.
-        ConfigError: a field of it is unknown or wrong.
-    """
-    contents = _read_json(Path(folder) / CONFIG_FILE)
-    kinds = {"student": StudentConfig, "encoder": EncoderConfig}
-    if contents.get("format") != "iv2_jax" or contents.get("kind") not in kinds:
-        raise CheckpointError(f"{Path(folder) / CONFIG_FILE} was not written by `iv2 export`")
-    return config_lib.build(kinds[contents["kind"]], contents["model"], path=CONFIG_FILE)
+def model_entries(config: Any) -> list[Entry]:
+    """The key map of a model of any kind."""
+    return families.of(config).entries(config)
 
 
-def weights_file(folder: str | Path) -> Path:
-    """The weight file that the config.json of an exported folder names."""
-    return Path(folder) / _read_json(Path(folder) / CONFIG_FILE)["weights"]
-
-
-def run_model_config(run_config: Mapping[str, Any]) -> StudentConfig:
-    """The student's config in the config saved with a checkpoint.
-
-    Args:
-        run_config: plain values, as `train.checkpoint.load_params` returns them.
-
-    Raises:
-        CheckpointError: the run trained no student.
-        ConfigError: a field of it is unknown or wrong.
-    """
-    if "student" not in run_config:
-        raise CheckpointError(
-            "the checkpoint's config has no `student`: only students of stage 1 and of "
-            f"distillation are exported; it has {', '.join(sorted(run_config)) or 'nothing'}"
-        )
-    return config_lib.build(StudentConfig, run_config["student"], path="config.student")
-
-
-def model_entries(config: ModelConfig) -> list[Entry]:
-    """The key map of a model."""
-    if isinstance(config, StudentConfig):
-        return torch_keys.student_map(config)
-    return torch_keys.encoder_map(config)
-
-
-def encoder_of(config: ModelConfig) -> EncoderConfig:
+def encoder_of(config: StudentConfig | EncoderConfig) -> EncoderConfig:
     """The encoder's config, alone or within a student's."""
     return config.encoder if isinstance(config, StudentConfig) else config
 
 
 def preprocessing_spec(encoder: EncoderConfig) -> dict[str, Any]:
     """What turns a video file into the model's input."""
-    return {
-        "color": "RGB",
-        "num_frames": encoder.num_frames,
-        "sampling": (
-            "T = num_frames of a clip of n frames, one from the middle of each segment: "
-            "frame i is round(i * (n - 1) / T) + int((n - 1) / T / 2), i = 0 .. T - 1"
-        ),
-        "image_size": encoder.image_size,
-        "resize": "shorter side to image_size, bilinear; then the centre square",
-        "scale": 255,
-        "mean": list(encoder.pixel_mean),
-        "std": list(encoder.pixel_std),
-        "layout": "B 3 T H W",
-    }
+    return preprocessing.video(encoder)
 
 
 def verify_export(
-    folder: str | Path, params: Mapping[str, Any], config: ModelConfig, video: np.ndarray
+    folder: str | Path,
+    params: Mapping[str, Any],
+    config: StudentConfig | EncoderConfig,
+    video: np.ndarray,
 ) -> float:
     """Runs an exported folder in PyTorch, by its own copy of the modules, against our encoder.
 
@@ -175,8 +156,6 @@ def verify_export(
     Raises:
         CheckpointError: the folder is incomplete or its weights do not fit.
     """
-    import jax
-
     from iv2_jax.models.layers import Precision
     from iv2_jax.models.video_encoder import VideoEncoder
 
@@ -189,13 +168,24 @@ def verify_export(
     return max(float(np.abs(np.asarray(ours) - torchs).max()) for ours, torchs in pairs)
 
 
-def _run_folder(folder: Path, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and pooled features of an exported folder in PyTorch."""
+def load_exported(folder: str | Path) -> tuple[Any, Any]:
+    """Builds the PyTorch model of an exported folder by the folder's own modules.
+
+    Args:
+        folder: written by `export_model` as `safetensors` or `torch`.
+
+    Returns:
+        The module with its weights, and the folder's package of modules.
+
+    Raises:
+        CheckpointError: the folder is incomplete or its weights do not fit.
+    """
     import torch
 
-    module = _import_file(folder / MODULE_FILE)
-    contents = _read_json(folder / CONFIG_FILE)
-    model = module.from_config(contents)
+    folder = Path(folder)
+    contents = run_config.read_json(folder / CONFIG_FILE)
+    package = _import_package(folder / MODULE_FOLDER)
+    model = package.from_config(contents)
     path = folder / contents["weights"]
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -207,15 +197,22 @@ def _run_folder(folder: Path, video: np.ndarray) -> tuple[np.ndarray, np.ndarray
         model.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit {folder / CONFIG_FILE}: {error}") from error
-    frames = module.preprocess(torch.from_numpy(video), _read_json(folder / PREPROCESSING_FILE))
+    return model, package
+
+
+def _run_folder(folder: Path, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and pooled features of an exported folder in PyTorch."""
+    import torch
+
+    model, package = load_exported(folder)
+    spec = run_config.read_json(folder / PREPROCESSING_FILE)
+    frames = package.preprocess(torch.from_numpy(video), spec)
     with torch.no_grad():
         out = model.float().encode(frames)
     return out.tokens.numpy(), out.pooled.numpy()
 
 
-def _plainest(
-    params: Mapping[str, Any], config: ModelConfig
-) -> tuple[Mapping[str, Any], ModelConfig]:
+def _plainest(params: Mapping[str, Any], config: Any) -> tuple[Mapping[str, Any], Any]:
     """Takes the encoder out of a student that has nothing else."""
     if isinstance(config, StudentConfig) and not (config.clip or config.mae or config.final_width):
         if set(params) != {"encoder"}:
@@ -226,53 +223,122 @@ def _plainest(
     return params, config
 
 
-def _write_weights(path: Path, tensors: Mapping[str, np.ndarray], weight_format: str) -> None:
-    """Writes a flat state dict."""
-    if weight_format == "safetensors":
-        from safetensors.numpy import save_file
-
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-        return
-    import torch
-
-    torch.save({key: _torch_tensor(value, torch) for key, value in tensors.items()}, path)
+def _abstract(params: Mapping[str, Any]) -> Any:
+    """Shapes and dtypes of parameters."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
 
 
-def _torch_tensor(array: np.ndarray, torch: Any) -> Any:
-    """A torch tensor of the same dtype; bfloat16, which NumPy lacks, goes through its bits."""
-    array = np.array(array)  # owned and writable, which torch wants
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+def _contents(config: Any, family: families.Family, weights: str) -> dict[str, Any]:
+    """What config.json holds in every format."""
+    return {
+        "format": "iv2_jax",
+        "version": __version__,
+        "kind": family.name,
+        "weights": weights,
+        "model": config_lib.to_dict(config),
+    }
+
+
+def _hf_fields(dtypes: set[str]) -> dict[str, Any]:
+    """What transformers wants to find in config.json."""
+    return {
+        "model_type": "iv2_jax",
+        "architectures": ["Iv2Model"],
+        "auto_map": {
+            "AutoConfig": "modeling_iv2.Iv2Config",
+            "AutoModel": "modeling_iv2.Iv2Model",
+        },
+        "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
+    }
+
+
+def _write_package(folder: Path, torch_file: str) -> None:
+    """Copies a family's modules, and those they import, as the package `torch_models`."""
+    folder.mkdir()
+    files = torch_sources(torch_file)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    lines = ['"""PyTorch modules of the exported model."""', ""]
+    lines += [f"from .{torch_file.removesuffix('.py')} import from_config"]
+    names = ["from_config"]
+    if "video.py" in files:
+        lines.append("from .video import preprocess")
+        names.append("preprocess")
+    lines += ["", f"__all__ = [{', '.join(map(repr, names))}]"]
+    (folder / "__init__.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_hf_modules(folder: Path, torch_file: str) -> None:
+    """Copies a family's modules flat, with the wrapper that transformers asks for.
+
+    The library copies only files that the wrapper itself imports, so it imports all of them.
+    """
+    files = torch_sources(torch_file)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    wrapper = _source(_HF_MODULE)
+    if _HF_IMPORT not in wrapper:
+        raise AssertionError(f"{_HF_MODULE} has lost its line {_HF_IMPORT!r}")
+    stem = torch_file.removesuffix(".py")
+    lines = [f"from .{stem} import from_config"]
+    for name in files:
+        if name != torch_file:
+            other = name.removesuffix(".py")
+            lines.append(f"from .{other} import __name__ as _{other}  # noqa: F401 (to be copied)")
+    text = wrapper.replace(_HF_IMPORT, "\n".join(lines))
+    (folder / _HF_MODULE).write_text(text, encoding="utf-8")
+
+
+def torch_sources(torch_file: str) -> dict[str, str]:
+    """A file of `interop/torch_models` and all it imports of its neighbours, by name."""
+    files: dict[str, str] = {}
+    waiting = [torch_file]
+    while waiting:
+        name = waiting.pop()
+        if name in files:
+            continue
+        files[name] = _source(name)
+        for node in ast.walk(ast.parse(files[name])):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                found = [node.module] if node.module else [alias.name for alias in node.names]
+                waiting += [f"{module}.py" for module in found]
+    return files
+
+
+def _source(name: str) -> str:
+    """Text of a file of `interop/torch_models`."""
+    folder = importlib.resources.files("iv2_jax.interop") / "torch_models"
+    return (folder / name).read_text(encoding="utf-8")
+
+
+def _move(work: Path, folder: Path) -> None:
+    """Moves what was written into its place."""
+    mode = (work / CONFIG_FILE).stat().st_mode
+    for path in sorted(work.iterdir()):
+        if path.is_file():
+            path.chmod(mode)  # safetensors makes files that their owner alone can read
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
 
 
 def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: no such file, or no JSON object.
-    """
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"no {path.name} in {path.parent}: not an exported folder") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{path} holds a {type(contents).__name__}, not an object")
-    return contents
-
-
-def _import_file(path: Path) -> Any:
-    """Imports a Python file under a name of its own."""
+def _import_package(folder: Path) -> Any:
+    """Imports the package of an exported folder under a name of its own."""
+    path = folder / "__init__.py"
     if not path.is_file():
-        raise CheckpointError(f"no {path.name} in {path.parent}: not an exported folder")
-    spec = importlib.util.spec_from_file_location("iv2_exported_models", path)
+        raise CheckpointError(f"no {folder.name} in {folder.parent}: not an exported folder")
+    name = "iv2_exported_models"
+    for loaded in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
+        del sys.modules[loaded]
+    spec = importlib.util.spec_from_file_location(
+        name, path, submodule_search_locations=[str(folder)]
+    )
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # torch and typing look modules up by name
+    sys.modules[name] = module  # torch and typing look modules up by name
     spec.loader.exec_module(module)
     return module

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from iv2_jax.models import kinds
+
 _CARD = """\
 # InternVideo2 {what}
 
@@ -40,10 +42,83 @@ with; see the run that made them.
 """
 
 
+_GENERAL = """\
+# InternVideo2: {what}
+
+A model of the InternVideo2 family (arXiv 2403.15377), {count:.1f} M parameters, exported by iv2_jax
+{version}{source}. `config.json` has its sizes and options, `{spec}` what turns raw data
+into its inputs.
+
+## Use
+
+In this folder, with {needs}:
+
+```python
+{code}
+```
+
+`{network}` is plain PyTorch; its docstring says what goes in and what comes out. Tensor names and
+layouts are those of the original PyTorch classes.
+
+The weights carry whatever rights and biases come from the data and the teachers they were trained
+with; see the run that made them.
+"""
+
+_HF_CODE = """\
+from transformers import AutoModel
+model = AutoModel.from_pretrained(".", trust_remote_code=True).eval()
+help(type(model.net).forward)"""
+
+_PLAIN_CODE = """\
+import json, torch, torch_models
+{load_import}config = json.load(open("config.json"))
+model = torch_models.from_config(config)
+model.load_state_dict({load_call})
+help(type(model).forward)"""
+
+
 def render(
     contents: Mapping[str, Any], preprocessing: Mapping[str, Any], count: int, source: str
 ) -> str:
-    """Fills the card.
+    """Fills the card of a model of any kind.
+
+    Args:
+        contents: of config.json.
+        preprocessing: of the preprocessing file.
+        count: number of parameters.
+        source: where the weights come from, or "".
+    """
+    is_hf = "auto_map" in contents
+    if contents["kind"] in ("encoder", "student") and not is_hf:
+        return _render_video(contents, preprocessing, count, source)
+    code = _HF_CODE if is_hf else _PLAIN_CODE.format(**_loading(contents["weights"]))
+    needs = "PyTorch and safetensors" if contents["weights"].endswith("tensors") else "PyTorch"
+    return _GENERAL.format(
+        what=kinds.get(contents["kind"]).what,
+        count=count / 1e6,
+        version=contents["version"],
+        source=f" from `{source}`" if source else "",
+        spec="preprocessor_config.json" if is_hf else "preprocessing.json",
+        needs="PyTorch and transformers" if is_hf else needs,
+        code=code,
+        network="model.net" if is_hf else "model",
+    )
+
+
+def _loading(weights: str) -> dict[str, str]:
+    """Lines that load a weight file."""
+    if weights.endswith(".safetensors"):
+        return {
+            "load_import": "from safetensors.torch import load_file\n",
+            "load_call": f'load_file("{weights}")',
+        }
+    return {"load_import": "", "load_call": f'torch.load("{weights}", weights_only=True)'}
+
+
+def _render_video(
+    contents: Mapping[str, Any], preprocessing: Mapping[str, Any], count: int, source: str
+) -> str:
+    """Fills the card of an encoder or a student.
 
     Args:
         contents: of config.json.
@@ -75,12 +150,7 @@ def render(
         pool_width=encoder["pool_width"],
         alignments=_alignments(student) if student else "",
         and_safetensors=" and safetensors" if safetensors else "",
-        load_import="from safetensors.torch import load_file\n" if safetensors else "",
-        load_call=(
-            f'load_file("{contents["weights"]}")'
-            if safetensors
-            else f'torch.load("{contents["weights"]}", weights_only=True)'
-        ),
+        **_loading(contents["weights"]),
         compatible=_compatible(student),
     )
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from iv2_jax.kernels import plain
+from iv2_jax.kernels.choice import choose_backend
 from iv2_jax.models.layers import (
     Initializer,
     LayerNorm,
@@ -16,26 +20,90 @@ from iv2_jax.models.layers import (
 )
 
 
-def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention over all keys, scaled by `head_dim ** -0.5`.
-
-    Heads are brought in front of tokens before the products: on CPU, XLA is faster on plain
-    batched matrix products than on `jax.nn.dot_product_attention`'s layout (measured for B=2,
-    N=417, 6 heads of 64, forward + backward: 18.5 ms against 37.5 ms), and on accelerators the
-    transposition fuses away.
+def dot_product_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
+    backend: str = "auto",
+) -> jax.Array:
+    """Softmax attention: the one front of every attention in this package.
 
     Args:
         q: `(B, N, h, d)` queries.
-        k: `(B, M, h, d)` keys.
-        v: `(B, M, h, d)` values.
+        k: `(B, M, g, d)` keys; g divides h, and query head i reads key head `i // (h / g)`
+            (grouped-query attention; g == h is the ordinary case).
+        v: `(B, M, g, d)` values.
+        bias: added to the scaled scores in float32, broadcastable to `(B, h, N, M)`. To hide
+            keys use `mask`: a row of nothing but minus infinity gives NaN.
+        mask: bool, True = attend, broadcastable to `(B, h, N, M)`.
+        scale: factor of the scores; None for `d ** -0.5`.
+        causal: query i attends to keys 0..i only; needs N == M (with a cache, pass `mask`).
+        dropout: applied to the weights `(B, h, N, M)`; plain XLA alone can do that.
+        backend: 'auto', or one of `kernels.choice.BACKENDS` to force it.
 
     Returns:
-        `(B, N, h, d)` in the dtype of `v`; the softmax is float32.
+        `(B, N, h, d)` in the dtype of `v`; the softmax is float32. A query whose keys are all
+        hidden gives zeros, and gradients of zero.
+
+    Raises:
+        ValueError: the shapes do not fit each other, or the forced backend cannot do it; the
+            message gives them.
+        ConfigError: the backend is not known.
     """
-    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.matmul(weights, v).swapaxes(1, 2)
+    _check_shapes(q, k, v, bias, mask, causal)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    problem = "weights with dropout exist in plain XLA only" if dropout is not None else None
+    chosen = choose_backend(q, k, bias=bias, mask=mask, backend=backend, problem=problem)
+    common = {"mask": mask, "scale": scale, "causal": causal}
+    if chosen == "xla":
+        return plain.attend(q, k, v, bias=bias, dropout=dropout, **common)
+    # Imported here: most machines never use them, and Pallas takes a while to import.
+    if chosen == "cudnn":
+        from iv2_jax.kernels import cudnn
+
+        return cudnn.attend(q, k, v, **common)
+    from iv2_jax.kernels import flash_tpu
+
+    return flash_tpu.attend(q, k, v, interpret=chosen == "pallas_interpret", **common)
+
+
+def _check_shapes(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    causal: bool,
+) -> None:
+    """Raises ValueError where the arguments of `dot_product_attention` do not fit each other."""
+    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[::3] != k.shape[::3]:
+        raise ValueError(
+            f"attention takes q (B, N, h, d), k and v (B, M, g, d); got q {q.shape}, "
+            f"k {k.shape}, v {v.shape}"
+        )
+    (batch, length, heads, _), (_, keys, groups, _) = q.shape, k.shape
+    if heads % groups:
+        raise ValueError(f"{heads} query heads do not divide into {groups} key heads")
+    if causal and length != keys:
+        raise ValueError(
+            f"causal attention needs as many queries as keys, got {length} and {keys}; "
+            "with a key cache pass a mask"
+        )
+    full = (batch, heads, length, keys)
+    for name, array in (("bias", bias), ("mask", mask)):
+        if array is None:
+            continue
+        fits = array.ndim == 4 and all(a in (1, b) for a, b in zip(array.shape, full, strict=True))
+        if not fits:
+            raise ValueError(f"{name} of shape {array.shape} does not broadcast to {full}")
+    if mask is not None and mask.dtype != jnp.bool_:
+        raise ValueError(f"mask must be bool (True = attend), got {mask.dtype}")
 
 
 class Attention(nn.Module):

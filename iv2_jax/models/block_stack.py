@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,7 @@ def scan_blocks(
     remat: str = "none",
     unroll: int = 1,
     train: bool = False,
+    call: Callable[..., jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Runs `depth` copies of `block`, whose parameters get a leading axis named `layers`.
 
@@ -156,6 +158,9 @@ def scan_blocks(
             matrix products) or 'full'.
         unroll: blocks in one loop iteration.
         train: draws DropPath from the rng stream `droppath`.
+        call: `(block, x, layer, drop_rate) -> x`, for blocks that are called otherwise, such as
+            with a mask or a context (arrays it closes over are shared by all blocks); None calls
+            `block(x, layer, drop_rate)`. Dropout draws anew in each block (rng `dropout`).
 
     Returns:
         Tokens after the last block `(B, N, D)` and features `(K, B, N, D)`, or None when
@@ -170,7 +175,7 @@ def scan_blocks(
     def apply_block(
         mdl: nn.Module, x: jax.Array, layer: jax.Array, rate: jax.Array | None
     ) -> jax.Array:
-        return mdl(x, layer, rate)
+        return mdl(x, layer, rate) if call is None else call(mdl, x, layer, rate)
 
     if remat != "none":
         # Only the block is wrapped: with the buffer inside, every layer would save a copy of it.
@@ -187,7 +192,7 @@ def scan_blocks(
     scan = nn.scan(
         body,
         variable_axes={"params": 0},
-        split_rngs={"params": True, "droppath": True},
+        split_rngs={"params": True, "droppath": True, "dropout": True},
         length=depth,
         unroll=min(unroll, depth),
         metadata_params={nn.PARTITION_NAME: "layers"},

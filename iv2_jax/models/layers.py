@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from iv2_jax.errors import ConfigError
+from iv2_jax.models.lora import LoraConfig
 
 Initializer = Callable[..., jax.Array]
 
@@ -69,6 +70,8 @@ class Linear(nn.Module):
         use_bias: adds `bias` of shape `out_shape`, zero at the start.
         precision: dtypes.
         kernel_init: initializer of `kernel` (shape `in_shape + out_shape`).
+        lora: adds a low-rank adapter, `lora_a` and `lora_b`, always kept and computed in float32
+            (spec stage 3, 6.4); it starts as zero. None adds nothing.
     """
 
     in_shape: tuple[int, ...]
@@ -78,10 +81,14 @@ class Linear(nn.Module):
     use_bias: bool = True
     precision: Precision = Precision()
     kernel_init: Initializer = kernel_init
+    lora: LoraConfig | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `(..., *in_shape)` to `(..., *out_shape)` in the compute dtype."""
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps `(..., *in_shape)` to `(..., *out_shape)` in the compute dtype.
+
+        `train` switches on the adapter's dropout, which draws from the rng stream `dropout`.
+        """
         dtype = self.precision.compute_dtype
         kernel = self.param(
             "kernel",
@@ -98,7 +105,33 @@ class Linear(nn.Module):
                 jnp.dtype(self.precision.param_dtype),
             )
             y = y + bias.astype(dtype)
+        if self.lora is not None:
+            y = (y + self._adapter(x, self.lora, train)).astype(dtype)
         return y
+
+    def _adapter(self, x: jax.Array, config: LoraConfig, train: bool) -> jax.Array:
+        """The adapter's share of the output, float32."""
+        fan_in = math.prod(self.in_shape)
+
+        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+            """Kaiming's uniform draw with a = sqrt(5), as the original's adapters start."""
+            return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+        a = self.param(
+            "lora_a",
+            boxed(uniform, *self.in_axes, "rank"),
+            (*self.in_shape, config.rank),
+            jnp.float32,
+        )
+        b = self.param(
+            "lora_b",
+            boxed(nn.initializers.zeros_init(), "rank", *self.out_axes),
+            (config.rank, *self.out_shape),
+            jnp.float32,
+        )
+        x = nn.Dropout(config.dropout)(x.astype(jnp.float32), deterministic=not train)
+        x = jnp.tensordot(x, a, axes=len(self.in_shape))
+        return jnp.tensordot(x, b, axes=1) * config.scale
 
 
 class RMSNorm(nn.Module):

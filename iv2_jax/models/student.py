@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from functools import partial
 
 import flax.struct
 import jax
@@ -13,7 +15,12 @@ from iv2_jax.errors import ConfigError
 from iv2_jax.models.block_stack import resolve_layers
 from iv2_jax.models.layers import LayerNorm, Linear, Precision, unit_length
 from iv2_jax.models.positions import area_weights
-from iv2_jax.models.video_encoder import EncoderConfig, VideoEncoder, position_params
+from iv2_jax.models.video_encoder import (
+    EncoderConfig,
+    PositionTables,
+    VideoEncoder,
+    position_params,
+)
 
 DECODERS = ("linear", "mlp")
 
@@ -76,6 +83,8 @@ class StudentConfig:
         _check_decoder("final_decoder", self.final_decoder)
         for name in ("clip", "mae"):
             self._layers(name)
+        if self.final_width and not self.encoder.pool:
+            raise ConfigError(f"final_width={self.final_width} needs encoder.pool=True")
 
     def _layers(self, name: str) -> tuple[int, ...]:
         """Student blocks of a branch, from 0, ascending; none if there is no such branch."""
@@ -112,6 +121,8 @@ class StudentOutput:
         final: `(B, C)` or None.
         mae: `(K, B, N, C)` or None; N leaves the class token out unless `mae.has_cls`.
         mae_weight: `(B, N)` float32, 0 or 1, or None.
+        tokens: `(B, N, D)` the encoder's visible tokens after the last block.
+        pooled: `(B, pool_width)` the encoder's pooled vector, or None.
     """
 
     clip: jax.Array | None = None
@@ -119,6 +130,8 @@ class StudentOutput:
     final: jax.Array | None = None
     mae: jax.Array | None = None
     mae_weight: jax.Array | None = None
+    tokens: jax.Array | None = None
+    pooled: jax.Array | None = None
 
 
 class AlignmentDecoder(nn.Module):
@@ -204,13 +217,15 @@ class Student(nn.Module):
         )
 
     def __call__(
-        self, video: jax.Array, visible: jax.Array, *, train: bool = False
+        self, video: jax.Array, visible: jax.Array | None = None, *, train: bool = False
     ) -> StudentOutput:
         """Encodes the visible tokens and decodes them into the teachers' spaces.
 
         Args:
-            video: `(B, T, H, W, 3)` normalised pixels, the student's frames.
-            visible: int `(B, N)` sorted token numbers, the class token (0) always among them.
+            video: `(B, T, H, W, 3)` normalised pixels, the student's frames; one frame is an
+                image if `encoder.image_positions` takes them.
+            visible: int `(B, N)` sorted token numbers, the class token (0) always among them;
+                None for all tokens.
             train: turns DropPath on (rng stream `droppath`).
 
         Returns:
@@ -219,43 +234,57 @@ class Student(nn.Module):
         c = self.config
         layers = tuple(sorted({*c.clip_layers, *c.mae_layers}))
         encoded = self.encoder(video, visible, return_layers=layers, train=train)
+        place = partial(self._align, visible=visible, is_image=c.encoder.is_image(video.shape[1]))
         clip = clip_weight = final = mae = mae_weight = None
         if c.clip is not None:
             features = _select(encoded.features, layers, c.clip_layers)
-            clip, clip_weight = self._align(
-                features, visible, c.clip, self.clip_positions, self.clip_decoder
-            )
+            clip, clip_weight = place(features, c.clip, self.clip_positions, self.clip_decoder)
         if c.mae is not None:
             features = _select(encoded.features, layers, c.mae_layers)
-            mae, mae_weight = self._align(
-                features, visible, c.mae, self.mae_positions, self.mae_decoder
-            )
+            mae, mae_weight = place(features, c.mae, self.mae_positions, self.mae_decoder)
         if c.final_width:
             final = self.final_clip_decoder(encoded.pooled)
-        return StudentOutput(clip, clip_weight, final, mae, mae_weight)
+        return StudentOutput(
+            clip, clip_weight, final, mae, mae_weight, encoded.tokens, encoded.pooled
+        )
 
     def _align(
         self,
         features: jax.Array,
-        visible: jax.Array,
         branch: AlignmentConfig,
-        positions: jax.Array,
+        positions: PositionTables,
         decoder: nn.Module,
+        *,
+        visible: jax.Array | None,
+        is_image: bool,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Adds the branch's positions to `(K, B, N, D)`, pools to its grid if needed, decodes."""
-        patches = visible[:, 1:] - 1
+        encoder, split = self.config.encoder, int(branch.has_cls)
         if not branch.has_cls:
             features = features[:, :, 1:]
-        table = jnp.take(positions, visible if branch.has_cls else patches, axis=0)
-        features = features + table.astype(features.dtype)
-        grid = self.config.encoder.grid
-        if branch.grid is None or branch.grid == grid:
+        index = visible
+        if visible is not None and not branch.has_cls:
+            index = visible[:, 1:] - 1
+        dtype = encoder.precision.compute_dtype
+        features = features + positions.rows(index, is_image=is_image, dtype=dtype)
+        # The teacher sees an image as one frame too.
+        grid, to_grid = encoder.grid, branch.grid or encoder.grid
+        if is_image:
+            grid, to_grid = encoder.image_grid, (1, *to_grid[1:])
+        if grid == to_grid:
             return decoder(features), None
-        split = int(branch.has_cls)
-        cells, weight = pool_to_grid(features[:, :, split:], patches, grid, branch.grid)
+        patches = _patch_numbers(features.shape[1], math.prod(grid), visible)
+        cells, weight = pool_to_grid(features[:, :, split:], patches, grid, to_grid)
         cells = jnp.concatenate([features[:, :, :split], cells], axis=2)
         weight = jnp.pad(weight, ((0, 0), (split, 0)), constant_values=1.0)
         return decoder(cells), weight
+
+
+def _patch_numbers(batch: int, count: int, visible: jax.Array | None) -> jax.Array:
+    """Numbers `(B, M)` of the visible patches, or of all `count` of them."""
+    if visible is None:
+        return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
+    return visible[:, 1:] - 1
 
 
 def _select(features: jax.Array, layers: tuple[int, ...], wanted: tuple[int, ...]) -> jax.Array:

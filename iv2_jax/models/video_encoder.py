@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -41,6 +42,10 @@ class EncoderConfig:
         layer_scale_init: starting value of LayerScale.
         drop_path_rate: DropPath probability of the last block, growing linearly from 0.
         separable_positions: spatial + temporal tables instead of one joint table.
+        image_positions: how a clip of one frame is placed when `num_frames` is another: 'none'
+            refuses it; 'shared' takes the mean of the joint table over time, or the spatial table
+            alone; 'own' learns a table for images, `img_pos_embed` (spec stage2 2).
+        pool: has the attentive pool; without it (the chat models) `pooled` is None.
         tanh_gelu: tanh form of GELU in the blocks; the released weights need it (spec 2.6).
         remat: what the backward pass recomputes: 'none', 'dots' or 'full'.
         scan_unroll: blocks in one iteration of the scan over depth.
@@ -67,6 +72,8 @@ class EncoderConfig:
     layer_scale_init: float = 1e-5
     drop_path_rate: float = 0.0
     separable_positions: bool = False
+    image_positions: str = "none"
+    pool: bool = True
     tanh_gelu: bool = True
     remat: str = "none"
     scan_unroll: int = 1
@@ -95,6 +102,24 @@ class EncoderConfig:
             raise ConfigError(f"remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
         if min(self.pixel_std) <= 0:
             raise ConfigError(f"pixel_std={self.pixel_std}: must be positive")
+        self._check_images()
+
+    def _check_images(self) -> None:
+        """Refuses image positions that do not go with the other fields."""
+        kind = self.image_positions
+        if kind not in IMAGE_POSITIONS:
+            raise ConfigError(
+                f"image_positions={kind!r}: choose one of {', '.join(IMAGE_POSITIONS)}"
+            )
+        if kind != "none" and self.tubelet != 1:
+            raise ConfigError(
+                f"image_positions={kind!r}: an image is one frame, but tubelet={self.tubelet}"
+            )
+        if kind == "own" and self.separable_positions:
+            raise ConfigError(
+                "image_positions='own' needs separable_positions=False: with separable tables an "
+                "image is placed by the spatial one (image_positions='shared')"
+            )
 
     def normalize(self, video: jax.Array) -> jax.Array:
         """What the encoder takes, float32, of pixels (..., 3) in 0..255."""
@@ -107,6 +132,15 @@ class EncoderConfig:
         return self.num_frames // self.tubelet, side, side
 
     @property
+    def image_grid(self) -> tuple[int, int, int]:
+        """Patches of a clip of one frame along time, height and width."""
+        return 1, *self.grid[1:]
+
+    def is_image(self, num_frames: int) -> bool:
+        """Whether a clip of so many frames is placed as an image."""
+        return num_frames == 1 and self.image_positions != "none"
+
+    @property
     def num_patches(self) -> int:
         """Patches of a clip."""
         return math.prod(self.grid)
@@ -117,6 +151,7 @@ class EncoderConfig:
         return 1 + self.num_patches
 
 
+IMAGE_POSITIONS = ("none", "shared", "own")
 _SIZES = (
     "width",
     "depth",
@@ -144,50 +179,87 @@ class EncoderOutput:
 
     Attributes:
         tokens: `(B, N, D)` residual stream after the last block (there is no final norm).
-        pooled: `(B, pool_width)`.
-        pool_attention: `(B, N)` float32, the pool's attention averaged over heads.
+        pooled: `(B, pool_width)`, or None without a pool.
+        pool_attention: `(B, N)` float32, the pool's attention averaged over heads, or None.
         features: `(K, B, N, D)` residual stream after each asked-for block, ascending, or None.
     """
 
     tokens: jax.Array
-    pooled: jax.Array
-    pool_attention: jax.Array
+    pooled: jax.Array | None
+    pool_attention: jax.Array | None
     features: jax.Array | None = None
+
+
+class PositionTables(NamedTuple):
+    """Positions by which tokens are placed.
+
+    Attributes:
+        clip: `(N, D)`, N = has_cls + T*H*W.
+        image: `(M, D)`, M = has_cls + H*W, or None where images are refused.
+    """
+
+    clip: jax.Array
+    image: jax.Array | None
+
+    def rows(self, index: jax.Array | None, *, is_image: bool, dtype: str) -> jax.Array:
+        """Positions of the tokens int `(B, M)`: `(B, M, D)`, or `(1, N, D)` of all for None."""
+        table = (self.image if is_image else self.clip).astype(dtype)
+        if index is None:
+            return table[None]
+        return jnp.take(table, index, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def position_params(
     module: nn.Module, name: str, config: EncoderConfig, *, has_cls: bool
-) -> jax.Array:
+) -> PositionTables:
     """Creates learnable positions, sine-cosine at the start, on `module` (spec stage1 2.2).
 
     Joint positions are one parameter `name` `(1, N, D)`; separable ones are `name_spatial`
     `(1, H*W, D)`, `name_temporal` `(1, T, D)` and, with a class token, `name_cls` `(1, 1, D)`.
+    A table for images has `img_` before the last `pos_embed` of `name` (spec stage2 2).
 
     Args:
         module: owner of the parameters, within its `setup`.
-        name: name of the parameter, or its prefix.
+        name: name of the parameter, or its prefix; ends with `pos_embed`.
         config: shape of the token grid.
         has_cls: puts a row for the class token in front.
 
     Returns:
-        `(N, D)`, N = has_cls + T*H*W.
+        Positions of clips and of images.
     """
     frames, height, columns = config.grid
     dtype = jnp.dtype(config.precision.param_dtype)
 
-    def table(suffix: str, value: np.ndarray) -> jax.Array:
-        init = boxed(lambda _, shape, dtype: jnp.asarray(value, dtype), None, "tokens", "embed")
-        return module.param(name + suffix, init, value.shape, dtype)
+    def table(name: str, value: np.ndarray) -> jax.Array:
+        init = boxed(
+            lambda _, shape, dtype: jnp.asarray(value[None], dtype), None, "tokens", "embed"
+        )
+        return module.param(name, init, (1, *value.shape), dtype)[0]
 
+    def joint(name: str, grid: tuple[int, int, int]) -> jax.Array:
+        return table(name, positions.sincos_3d(config.width, grid, has_cls=has_cls))
+
+    shared = config.image_positions == "shared"
     if not config.separable_positions:
-        return table("", positions.sincos_3d(config.width, config.grid, has_cls=has_cls)[None])[0]
-    spatial = table("_spatial", positions.sincos_2d(config.width, (height, columns))[None])
-    temporal = table("_temporal", positions.sincos_1d(config.width, frames)[None])
-    joint = (temporal[0, :, None] + spatial).reshape(-1, config.width)
+        clip = joint(name, config.grid)
+        if config.image_positions == "own":
+            image_name = name.removesuffix("pos_embed") + "img_pos_embed"
+            return PositionTables(clip, joint(image_name, config.image_grid))
+        return PositionTables(clip, _mean_over_time(clip, frames, has_cls) if shared else None)
+    spatial = table(f"{name}_spatial", positions.sincos_2d(config.width, (height, columns)))
+    temporal = table(f"{name}_temporal", positions.sincos_1d(config.width, frames))
+    clip, image = (temporal[:, None] + spatial).reshape(-1, config.width), spatial
     if has_cls:
-        cls = table("_cls", np.zeros((1, 1, config.width), np.float32))
-        joint = jnp.concatenate([cls[0], joint])
-    return joint
+        cls = table(f"{name}_cls", np.zeros((1, config.width), np.float32))
+        clip, image = jnp.concatenate([cls, clip]), jnp.concatenate([cls, image])
+    return PositionTables(clip, image if shared else None)
+
+
+def _mean_over_time(table: jax.Array, frames: int, has_cls: bool) -> jax.Array:
+    """Positions `(has_cls + H*W, D)` of an image: the mean over frames, the class row kept."""
+    cls, patches = table[: int(has_cls)], table[int(has_cls) :]
+    mean = patches.reshape(frames, -1, table.shape[-1]).mean(axis=0)
+    return jnp.concatenate([cls, mean])
 
 
 class VideoEncoder(nn.Module):
@@ -220,7 +292,8 @@ class VideoEncoder(nn.Module):
             tanh_gelu=c.tanh_gelu,
             precision=c.precision,
         )
-        self.pool = AttentionPool(c.width, c.pool_heads, c.pool_width, c.precision)
+        if c.pool:
+            self.pool = AttentionPool(c.width, c.pool_heads, c.pool_width, c.precision)
 
     def embed_patches(self, video: jax.Array) -> jax.Array:
         """Embeds every patch of a clip, without class token and positions.
@@ -249,12 +322,11 @@ class VideoEncoder(nn.Module):
         Raises:
             ConfigError: the video does not have the size the config says.
         """
-        video = self._checked(video)
-        table = self.positions.astype(self.config.precision.compute_dtype)
-        if visible is None:
-            tokens, table = self.patch_embed(video), table[None]
-        else:
-            tokens, table = self.patch_embed(video, visible[:, 1:] - 1), _rows(table, visible)
+        video, c = self._checked(video), self.config
+        tokens = self.patch_embed(video, None if visible is None else visible[:, 1:] - 1)
+        table = self.positions.rows(
+            visible, is_image=c.is_image(video.shape[1]), dtype=c.precision.compute_dtype
+        )
         cls = jnp.broadcast_to(
             self.cls_token.astype(tokens.dtype), (len(video), 1, tokens.shape[2])
         )
@@ -268,7 +340,7 @@ class VideoEncoder(nn.Module):
         return_layers: tuple[int, ...] = (),
         train: bool = False,
     ) -> EncoderOutput:
-        """Encodes a clip.
+        """Encodes a clip, or an image: a clip of one frame (see `image_positions`).
 
         Args:
             video: `(B, T, H, W, 3)` normalised pixels.
@@ -295,21 +367,26 @@ class VideoEncoder(nn.Module):
             unroll=c.scan_unroll,
             train=train,
         )
-        pooled, attention = self.pool(tokens)
+        pooled, attention = self.pool(tokens) if c.pool else (None, None)
         return EncoderOutput(tokens, pooled, attention, features)
 
     def _checked(self, video: jax.Array) -> jax.Array:
         """Refuses a video of another size than the config's."""
         c = self.config
-        expected = (c.num_frames, c.image_size, c.image_size, 3)
-        if video.ndim != 5 or video.shape[1:] != expected:
+        side = (c.image_size, c.image_size, 3)
+        frames = video.shape[1] if video.ndim == 5 else None
+        if video.ndim != 5 or video.shape[2:] != side or frames not in (c.num_frames, 1):
+            raise ConfigError(self._misfit(video))
+        if frames != c.num_frames and not c.is_image(frames):
             raise ConfigError(
-                f"video has shape {tuple(video.shape)}; num_frames={c.num_frames} and "
-                f"image_size={c.image_size} need (B, {', '.join(map(str, expected))})"
+                self._misfit(video) + "; set image_positions to 'shared' or 'own' to take images"
             )
         return video
 
-
-def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of `(N, D)` by int `(B, M)`; out of range gives NaN."""
-    return jnp.take(table, index, axis=0, mode="fill", fill_value=jnp.nan)
+    def _misfit(self, video: jax.Array) -> str:
+        c = self.config
+        expected = (c.num_frames, c.image_size, c.image_size, 3)
+        return (
+            f"video has shape {tuple(video.shape)}; num_frames={c.num_frames} and "
+            f"image_size={c.image_size} need (B, {', '.join(map(str, expected))})"
+        )

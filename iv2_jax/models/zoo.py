@@ -1,17 +1,23 @@
-"""Every named model in one table (spec stage1 section 1)."""
+"""Every named model in one table.
+
+The video models stand here (spec stage1 section 1). Other families keep a dict `ZOO` of their own
+beside their config; their modules are imported when a name is not found before them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax.core import meta
 
 from iv2_jax.errors import ConfigError, nearest
-from iv2_jax.models.student import AlignmentConfig, Student, StudentConfig
-from iv2_jax.models.video_encoder import EncoderConfig, VideoEncoder
+from iv2_jax.models import kinds
+from iv2_jax.models.student import AlignmentConfig, StudentConfig
+from iv2_jax.models.video_encoder import EncoderConfig
 
 _ENCODERS = {
     "internvideo2_small": EncoderConfig(width=384, depth=12, num_heads=6, mlp_width=1536),
@@ -19,6 +25,8 @@ _ENCODERS = {
     "internvideo2_large": EncoderConfig(width=1024, depth=24, num_heads=16, mlp_width=4096),
     "internvideo2_1b": EncoderConfig(width=1408, depth=40, num_heads=16, mlp_width=6144),
     "internvideo2_6b": EncoderConfig(width=3200, depth=48, num_heads=25, mlp_width=12800),
+    # The image teacher has the shape of the 6B, over one frame (spec stage1 4.1).
+    "internvl_6b": EncoderConfig(width=3200, depth=48, num_heads=25, mlp_width=12800, num_frames=1),
     # For tests: every part of the large ones, a second to compile.
     "test_tiny": EncoderConfig(
         width=32,
@@ -77,55 +85,82 @@ _STUDENTS = {
     ),
 }
 
-_MODELS: dict[str, EncoderConfig | StudentConfig] = {**_ENCODERS, **_STUDENTS}
+_VIDEO: dict[str, Any] = {**_ENCODERS, **_STUDENTS}
+
+# Modules with a dict `ZOO`, in the order they are asked and listed.
+_MODULES = (
+    "iv2_jax.models.teachers.videomae",
+    "iv2_jax.models.classifier",
+    "iv2_jax.models.text.bert",
+    "iv2_jax.models.audio.beats",
+    "iv2_jax.models.stage2",
+    "iv2_jax.models.text.mobileclip",
+    "iv2_jax.models.text.llama_clip",
+    "iv2_jax.models.clip",
+    "iv2_jax.models.llm",
+    "iv2_jax.models.bridge",
+    "iv2_jax.models.chat",
+    "iv2_jax.models.shots.network",
+)
 
 
 def names() -> tuple[str, ...]:
-    """Names that `get` knows, encoders first."""
-    return tuple(_MODELS)
+    """Names that `get` knows: encoders, students, then the other families."""
+    return tuple(name for table in _tables() for name in table)
 
 
-def get(name: str) -> EncoderConfig | StudentConfig:
+def get(name: str) -> Any:
     """Looks a model up by name.
 
-    Names are `internvideo2_{small,base,large,1b,6b}` for encoders,
-    `internvideo2_{1b,6b}_pretrain` and `internvideo2_{small,base,large}_distill` for students, and
-    `test_tiny`, `test_tiny_pretrain`, `test_tiny_distill`. Use `dataclasses.replace` for another
-    frame count, image size, precision or rematerialisation.
+    Use `dataclasses.replace` on the result for another frame count, image size, precision or
+    rematerialisation. Names that start with `test_` are tiny models for tests.
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`, such as `internvideo2_1b` or `internvideo2_large_distill`.
 
     Returns:
-        The encoder's or the student's config.
+        The model's config; its class says which kind of model it is.
 
     Raises:
         ConfigError: the name is unknown; the message gives the nearest one.
     """
-    if name not in _MODELS:
-        raise ConfigError(f"no model is named {name!r}{nearest(name, _MODELS)}")
-    return _MODELS[name]
+    for table in _tables():
+        if name in table:
+            return table[name]
+    raise ConfigError(f"no model is named {name!r}{nearest(name, names())}")
 
 
-def abstract_params(config: EncoderConfig | StudentConfig) -> dict:
+def family(name: str) -> str:
+    """Name of the kind of a named model, such as `student` (see `models.kinds`).
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    return kinds.of(get(name)).name
+
+
+def abstract_params(config: Any) -> dict[str, Any]:
     """Parameter tree of a model as `jax.ShapeDtypeStruct`s; nothing is allocated.
 
     Args:
-        config: an encoder's or a student's config.
+        config: a config of any kind of model.
 
     Returns:
         Nested dict, logical axis names stripped.
+
+    Raises:
+        ConfigError: `config` is no config of a model.
     """
-    is_student = isinstance(config, StudentConfig)
-    encoder = config.encoder if is_student else config
-    model = Student(config) if is_student else VideoEncoder(config)
-    shape = (1, encoder.num_frames, encoder.image_size, encoder.image_size, 3)
-    video = jax.ShapeDtypeStruct(shape, jnp.float32)
-    visible = jax.ShapeDtypeStruct((1, encoder.num_tokens), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), video, visible)
-    return meta.unbox(variables["params"])
+    return kinds.of(config).abstract_params(config)
 
 
-def count_params(config: EncoderConfig | StudentConfig) -> int:
-    """Number of parameters of a model, counted without allocating them."""
+def count_params(config: Any) -> int:
+    """Number of parameters of a model of any kind, counted without allocating them."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def _tables() -> Iterator[Mapping[str, Any]]:
+    """The tables of all families, each module imported when its turn comes."""
+    yield _VIDEO
+    for module in _MODULES:
+        yield importlib.import_module(module).ZOO

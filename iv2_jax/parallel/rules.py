@@ -35,6 +35,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "patch": (),
     "pixel": (),
     "tokens": (),
+    "rank": (),
+    "conv": (),
 }
 # Below this a parameter may stay whole on every device: gathering it costs more than it saves.
 SMALL_PARAMETER = 2**16

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from iv2_jax.errors import ConfigError
@@ -22,8 +23,12 @@ from iv2_jax.parallel.rules import path_name
 # and position tables. Blocks are stacked here, so "1-D" cannot be read off the shape.
 NO_DECAY = (
     (r".*/(bias|scale|gamma)", 0.0),
-    (r"(.*/)?(cls_token|(clip_|mae_)?pos_embed(_spatial|_temporal|_cls)?)", 0.0),
+    (r"(.*/)?(cls_token|(clip_|mae_)?(img_)?pos_embed(_spatial|_temporal|_cls)?)", 0.0),
+    (r"(.*/)?down_norm/(mean|var|count)", 0.0),  # running statistics: nothing may pull at them
 )
+
+# A multiplier is one number, or one for each slice of an array's leading axis (stacked blocks).
+Multiplier = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ class OptimizerConfig:
       weight_decay: Decoupled decay, times the learning rate.
       clip_norm: Global gradient norm above which gradients are scaled down; 0 turns it off.
       decay: (pattern, multiplier) over parameter paths; unmatched paths get 1.
-      lr_multipliers: (pattern, multiplier) over parameter paths; unmatched paths get 1.
+      lr_multipliers: (pattern, multiplier) over parameter paths; unmatched paths get 1. A tuple
+        of numbers multiplies the slices of the leading axis, block by block in a stack (see
+        `layer_decay`).
       freeze: Patterns of parameters that get no update and no optimizer state.
       ema_decay: Keep an exponential moving average of the parameters with this decay; 0 = none.
     """
@@ -58,7 +65,7 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     clip_norm: float = 3.0
     decay: tuple[tuple[str, float], ...] = NO_DECAY
-    lr_multipliers: tuple[tuple[str, float], ...] = ()
+    lr_multipliers: tuple[tuple[str, Multiplier], ...] = ()
     freeze: tuple[str, ...] = ()
     ema_decay: float = 0.0
 
@@ -118,7 +125,29 @@ def learning_rate(
     )
 
 
-def match(params: Any, rules: tuple[tuple[str, float], ...], default: float, what: str) -> Any:
+def layer_decay(
+    decay: float, depth: int, *, encoder: str = "encoder/"
+) -> tuple[tuple[str, Multiplier], ...]:
+    """Rules for `lr_multipliers`: the deeper under the head, the slower (spec stage1 6.1).
+
+    Block i gets decay^(depth - i); the patch embedding, the class token and the joint position
+    table get decay^(depth + 1); all else keeps 1, separable position tables among it, as in the
+    original.
+
+    Args:
+      decay: Factor from one block to the one under it; 1 changes nothing.
+      depth: Blocks of the encoder.
+      encoder: Path prefix of the encoder in the parameter tree.
+    """
+    prefix = re.escape(encoder)
+    blocks = tuple(decay ** (depth - i) for i in range(depth))
+    return (
+        (rf"{prefix}(patch_embed/.*|cls_token|pos_embed)", decay ** (depth + 1)),
+        (rf"{prefix}blocks/.*", blocks),
+    )
+
+
+def match(params: Any, rules: tuple[tuple[str, Any], ...], default: Any, what: str) -> Any:
     """A tree of the value of the first rule whose pattern matches the whole path.
 
     Raises:
@@ -166,7 +195,7 @@ def make_optimizer(
       ConfigError: A group pattern matches nothing.
     """
     decay = decay_multipliers(config, params)
-    lr_scale = match(params, config.lr_multipliers, 1.0, "optimizer.lr_multipliers")
+    lr_scale = lr_multipliers(config, params)
     parts = []
     if config.clip_norm:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
@@ -180,6 +209,31 @@ def make_optimizer(
         labels = jax.tree.map(lambda t: "train" if t else "frozen", trainable(config, params))
         tx = optax.multi_transform({"train": tx, "frozen": optax.set_to_zero()}, labels)
     return tx
+
+
+def lr_multipliers(config: OptimizerConfig, params: Any) -> Any:
+    """A tree of learning-rate multipliers: numbers, or float32 arrays (n, 1, ...) by slice.
+
+    Raises:
+      ConfigError: A pattern matches nothing, or has not one number for each slice.
+    """
+    rules = tuple(
+        (pattern, np.asarray(value, np.float32) if isinstance(value, tuple) else value)
+        for pattern, value in config.lr_multipliers
+    )
+    values = match(params, rules, 1.0, "optimizer.lr_multipliers")
+
+    def by_slice(path: tuple[Any, ...], leaf: Any, value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return value
+        if leaf.shape[:1] != value.shape:
+            raise ConfigError(
+                f"optimizer.lr_multipliers: {len(value)} numbers for {path_name(path)} of shape "
+                f"{tuple(leaf.shape)}; one for each slice of its first axis is needed"
+            )
+        return value.reshape(-1, *[1] * (len(leaf.shape) - 1))
+
+    return jax.tree_util.tree_map_with_path(by_slice, params, values)
 
 
 def decay_multipliers(config: OptimizerConfig, params: Any) -> Any:
@@ -208,7 +262,7 @@ def _add_decay(weight_decay: float, multipliers: Any) -> optax.GradientTransform
 
 
 def _scale_by(multipliers: Any) -> optax.GradientTransformation:
-    """Multiplies each update by its own constant."""
+    """Multiplies each update by its own constant, or each of its slices."""
     table = {path_name(p): m for p, m in jax.tree_util.tree_leaves_with_path(multipliers)}
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -221,17 +275,20 @@ def _scale_by(multipliers: Any) -> optax.GradientTransformation:
 
 def describe(config: OptimizerConfig, params: Any) -> str:
     """A table of parameter groups: how many arrays and values share decay, rate and freezing."""
-    groups: dict[tuple[float, float, bool], list[tuple[str, int]]] = {}
+    groups: dict[tuple[float, tuple[float, ...], bool], list[tuple[str, int]]] = {}
     decay = decay_multipliers(config, params)
-    lr_scale = match(params, config.lr_multipliers, 1.0, "optimizer.lr_multipliers")
+    lr_scale = jax.tree.map(lambda m: tuple(np.ravel(m).tolist()), lr_multipliers(config, params))
     train = trainable(config, params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    values = zip(*map(jax.tree.leaves, (decay, lr_scale, train)), strict=True)
+    columns = (decay, lr_scale, train)
+    values = zip(
+        *(jax.tree.leaves(c, is_leaf=lambda m: isinstance(m, tuple)) for c in columns), strict=True
+    )
     for (path, leaf), key in zip(leaves, values, strict=True):
         groups.setdefault(key, []).append((path_name(path), int(leaf.size)))
     lines = ["  arrays       values  decay  lr x  e.g."]
     for (d, r, t), members in sorted(groups.items(), reverse=True):
-        rate = f"{r:4g}" if t else "frozen"
+        rate = "..".join(f"{m:4.3g}" for m in dict.fromkeys((r[0], r[-1]))) if t else "frozen"
         total, example = sum(size for _, size in members), members[0][0]
         wd = d * config.weight_decay
         lines.append(f"  {len(members):6d} {total:12,d}  {wd:5g}  {rate}  {example}")

@@ -60,13 +60,18 @@ def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
         params = meta.unbox(stage.init_params(key))
         return state_lib.create(params, tx, with_ema=config.optimizer.ema_decay > 0)
 
+    def loss_of(params: Any, *args: Any, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        # Attention kernels are split over the mesh by hand, so they must see it.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return stage.loss_fn(params, *args, train=train)
+
     def train_step(
         state: TrainState, frozen: Any, batch: Any, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(key, state.step)
 
         def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return stage.loss_fn(params, frozen, batch, rng, train=True)
+            return loss_of(params, frozen, batch, rng, train=True)
 
         (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         trained = jax.tree.map(lambda g, keep: g if keep else None, grads, train_mask)
@@ -80,7 +85,7 @@ def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
         return state, metrics
 
     def eval_step(params: Any, frozen: Any, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
-        loss, terms = stage.loss_fn(params, frozen, batch, key, train=False)
+        loss, terms = loss_of(params, frozen, batch, key, train=False)
         return {"loss": loss, **terms}
 
     abstract = jax.eval_shape(create, jax.random.key(0))

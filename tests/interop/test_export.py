@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_folder_holds_what_its_card_says(tmp_path):
         "config.json",
         "model.safetensors",
         "preprocessing.json",
-        "torch_models.py",
+        "torch_models",
     }
     tensors = load_file(folder / "model.safetensors")
     assert tensors["clip_decoder.1.head.weight"].shape == (20, 32)
@@ -195,3 +196,97 @@ def test_a_bare_encoder_is_taken_out_of_a_student(tmp_path, monkeypatch, caplog)
     assert export.run_model_config(run_config) == BARE
     with pytest.raises(ConfigError, match="--model"):
         _run(import_command, "--from", file, "--out", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5_000_000_000), ("200mb", 200_000_000), ("1.5KB", 1500), ("77", 77)]
+)
+def test_shard_sizes(text, size):
+    assert export_command._bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5TB", "-1", "0", "five"])
+def test_shard_sizes_that_are_none(text):
+    with pytest.raises(ConfigError, match="--max-shard-size"):
+        export_command._bytes(text)
+
+
+def test_hf_folder_by_the_command(tmp_path):
+    """Without transformers: what is in the folder; `test_hf.py` loads such folders."""
+    load.save_checkpoint(_params(STUDENT), STUDENT, tmp_path / "run", source="test")
+    out = tmp_path / "hf"
+    arguments = ("--ckpt", tmp_path / "run", "--to", out, "--format", "hf")
+    assert _run(export_command, *arguments, "--max-shard-size", "20KB") == 0
+    contents = json.loads((out / "config.json").read_text())
+    assert contents["auto_map"]["AutoModel"] == "modeling_iv2.Iv2Model"
+    assert contents["torch_dtype"] == "float32"
+    assert contents["weights"] == "model.safetensors.index.json"
+    sizes = sorted(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert len(sizes) > 4
+    assert sizes[-2] < 25_000  # one tensor is larger than a shard may be, and stands alone
+    assert "from .video import from_config" in (out / "modeling_iv2.py").read_text()
+    assert {"video.py", "preprocessor_config.json", "README.md"} <= {p.name for p in out.iterdir()}
+
+
+def test_files_can_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = export.export_model(_params(ENCODER), ENCODER, tmp_path / "out")
+        options = ("--from", folder, "--out", tmp_path / "ckpt")
+        assert _run(import_command, *options) == 0
+    finally:
+        os.umask(before)
+    for path in (folder, tmp_path / "ckpt"):
+        for part in path.rglob("*"):
+            assert part.stat().st_mode & 0o044 == 0o044, part
+
+
+def test_modules_that_a_file_imports_are_copied_too():
+    assert set(export.torch_sources("chat.py")) >= {"chat.py", "bridge.py", "text.py", "video.py"}
+    for name in ("stage2.py", "clip.py", "shots.py", "llm.py"):
+        for text in export.torch_sources(name).values():
+            compile(text, name, "exec")
+            assert "iv2_jax" not in text.replace('"iv2_jax"', "")
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    from iv2_jax.interop import model_card
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_card, "render", fail)
+    with pytest.raises(OSError, match="No space"):
+        export.export_model(_params(ENCODER), ENCODER, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_kinds_go_through_checkpoints(tmp_path):
+    from iv2_jax.models import zoo
+    from tests.interop.family_cases import random_params
+
+    config = zoo.get("test_tiny_beats")
+    load.save_checkpoint(random_params(config), config, tmp_path / "run", source="test")
+    folder = tmp_path / "out"
+    assert _run(export_command, "--ckpt", tmp_path / "run", "--to", folder) == 0
+    assert export.read_config(folder) == config
+    assert "BEATs" in (folder / "README.md").read_text()
+    with pytest.raises(ConfigError, match="--encoder-only"):
+        _run(export_command, "--ckpt", tmp_path / "run", "--to", tmp_path / "x", "--encoder-only")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["test_tiny_stage2_audiovisual", "test_tiny_chat"])
+def test_composed_models_load_from_their_folder(tmp_path, name):
+    pytest.importorskip("torch", reason="needs the torch extra")
+    from iv2_jax.models import zoo
+    from tests.interop.family_cases import random_params
+
+    config = zoo.get(name)
+    params = random_params(config)
+    folder = export.export_model(params, config, tmp_path / "out", weight_format="torch")
+    model, _ = export.load_exported(folder)
+    state = torch_keys.to_torch(params, export.model_entries(config))
+    assert set(model.state_dict()) == set(state)
+    for key, value in model.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), state[key])

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iv2_jax.errors import CheckpointError
-from iv2_jax.interop import torch_keys
+from iv2_jax.interop import families, torch_keys
 from iv2_jax.models import zoo
 from iv2_jax.models.student import AlignmentConfig, StudentConfig
 from iv2_jax.models.teachers.internvl import INTERNVL_6B
@@ -43,7 +43,10 @@ def _entries(name):
     return torch_keys.student_map(zoo.get(f"internvideo2_{SIZES[size]}_{kind}"))
 
 
-@pytest.mark.parametrize("path", sorted(MANIFESTS.glob("*.json.gz")), ids=lambda p: p.name)
+VIDEO = sorted(MANIFESTS.glob("single_[dpt]*.json.gz"))  # distill, pretrain, teacher
+
+
+@pytest.mark.parametrize("path", VIDEO, ids=lambda p: p.name)
 def test_keys_and_shapes_are_the_originals(path):
     manifest = json.loads(gzip.decompress(path.read_bytes()))
     ours = torch_keys.torch_shapes(_entries(path.name.removesuffix(".json.gz")))
@@ -51,7 +54,7 @@ def test_keys_and_shapes_are_the_originals(path):
 
 
 def test_all_nine_manifests_are_there():
-    assert len(list(MANIFESTS.glob("*.json.gz"))) == 9
+    assert len(VIDEO) == 9
 
 
 def _shapes(tree):
@@ -59,11 +62,13 @@ def _shapes(tree):
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
-@pytest.mark.parametrize("name", zoo.names())
+_CLASSES = {family.kind.config.split(":")[1] for family in families.FAMILIES.values()}
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.names() if type(zoo.get(n)).__name__ in _CLASSES])
 def test_paths_and_shapes_are_our_models(name):
     config = zoo.get(name)
-    is_student = isinstance(config, StudentConfig)
-    entries = (torch_keys.student_map if is_student else torch_keys.encoder_map)(config)
+    entries = families.of(config).entries(config)
     assert _shapes(zoo.abstract_params(config)) == _shapes(torch_keys.abstract_params(entries))
 
 

@@ -162,3 +162,50 @@ def test_drop_path_drops_whole_samples_and_only_in_training():
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="'decoder'"):
         torch_models.from_config({"kind": "decoder", "model": {}})
+
+
+@pytest.mark.parametrize(
+    ("images", "separable", "grid"),
+    [
+        ("own", False, None),
+        ("shared", False, None),
+        ("shared", True, None),
+        ("own", False, (4, 3, 3)),
+    ],
+)
+def test_images(images, separable, grid):
+    """One frame in place of four, all tokens or some, own table or the clips' (spec stage2 2)."""
+    encoder = dataclasses.replace(
+        ENCODER, tubelet=1, image_positions=images, separable_positions=separable
+    )
+    clip = AlignmentConfig(20, (1, 2), "linear", has_cls=True, grid=grid)
+    config = StudentConfig(encoder, clip, None, 12, "linear")
+    entries = torch_keys.student_map(config)
+    params = _params(entries)
+    model = torch_models.from_config({"kind": "student", "model": config_lib.to_dict(config)})
+    model.load_state_dict(_state(params, entries))
+    apply = jax.jit(Student(config).apply)
+    image = _video()[:, :1]
+    mask = np.zeros((2, 17), bool)
+    mask[0, [1, 5, 9]] = mask[1, [2, 3, 16]] = True
+    for hidden in (None, mask):
+        visible = None if hidden is None else mask_to_visible(hidden)
+        ours = apply({"params": params}, image, visible)
+        theirs = model(_channels_first(image), None if hidden is None else torch.from_numpy(hidden))
+        for name in ("tokens", "pooled", "clip", "final"):
+            _close(getattr(theirs, name), getattr(ours, name))
+        assert (ours.clip_weight is None) == (grid is None)
+        if grid is not None:
+            _close(theirs.clip_weight, ours.clip_weight)
+
+
+def test_encoder_without_pool():
+    config = dataclasses.replace(ENCODER, pool=False)
+    entries = torch_keys.encoder_map(config)
+    params = _params(entries)
+    model = torch_models.from_config({"kind": "encoder", "model": config_lib.to_dict(config)})
+    model.load_state_dict(_state(params, entries))
+    ours = jax.jit(VideoEncoder(config).apply)({"params": params}, _video())
+    theirs = model.encode(_channels_first(_video()))
+    _close(theirs.tokens, ours.tokens)
+    assert theirs.pooled is ours.pooled is ours.pool_attention is None

@@ -216,3 +216,24 @@ def test_clip_without_class_token_leaves_it_out():
     params, video = _inputs(config)
     out = jax.jit(Student(config).apply)(params, video, VISIBLE)
     assert out.clip.shape == (2, 2, 5, 40)
+
+
+def test_no_mask_is_all_tokens_visible():
+    """Also where the teacher has another grid."""
+    config = _change(TINY, clip={"grid": (2, 3, 3)})
+    variables, video = _inputs(config)
+    apply = jax.jit(Student(config).apply)
+    every = np.tile(np.arange(config.encoder.num_tokens, dtype=np.int32), (2, 1))
+    whole, listed = apply(variables, video), apply(variables, video, every)
+    assert whole.clip_weight.shape == (2, 1 + 18)
+    for name in ("clip", "clip_weight", "final", "mae", "tokens", "pooled"):
+        np.testing.assert_allclose(
+            getattr(whole, name), getattr(listed, name), rtol=2e-5, atol=2e-6, err_msg=name
+        )
+    assert whole.mae_weight is None
+
+
+def test_final_needs_a_pool():
+    encoder = dataclasses.replace(TINY.encoder, pool=False)
+    with pytest.raises(ConfigError, match=r"final_width=20 needs encoder\.pool"):
+        dataclasses.replace(TINY, encoder=encoder)

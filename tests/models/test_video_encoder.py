@@ -11,7 +11,7 @@ from flax import traverse_util
 from flax.core import meta
 
 from iv2_jax.errors import ConfigError
-from iv2_jax.models import zoo
+from iv2_jax.models import positions, zoo
 from iv2_jax.models.layers import Precision
 from iv2_jax.models.video_encoder import EncoderConfig, VideoEncoder
 
@@ -50,6 +50,9 @@ def params():
         ({"drop_path_rate": 1.0}, r"drop_path_rate=1.0: must be in \[0, 1\)"),
         ({"remat": "some"}, "remat='some': choose one of none, dots, full"),
         ({"scan_unroll": 0}, "scan_unroll=0"),
+        ({"image_positions": "mean"}, "image_positions='mean': choose one of none, shared, own"),
+        ({"image_positions": "shared", "tubelet": 2}, "tubelet=2"),
+        ({"image_positions": "own", "separable_positions": True}, "separable_positions"),
     ],
 )
 def test_config_refuses(change, message):
@@ -191,3 +194,74 @@ def test_bfloat16_stays_near_float32(params):
     assert out.pool_attention.dtype == jnp.float32
     scale = np.abs(wide.tokens).max()
     np.testing.assert_allclose(out.tokens.astype(np.float32), wide.tokens, atol=0.03 * scale)
+
+
+IMAGES = {
+    "own": {"image_positions": "own"},
+    "shared": {"image_positions": "shared"},
+    "shared separable": {"image_positions": "shared", "separable_positions": True},
+}
+
+
+@pytest.mark.parametrize("change", IMAGES.values(), ids=IMAGES)
+def test_where_an_image_is_placed(change):
+    """Own table, the joint one's mean over time, or the spatial one; class row as in clips."""
+    config = dataclasses.replace(TINY, **change)
+    variables = _init(config)
+    params, image = variables["params"], _video(config)[:, :1]
+    encoder = VideoEncoder(config)
+    embed = jax.jit(lambda video: encoder.apply(variables, video, method="embed"))
+    tokens = embed(image)
+    # A clip of four times this frame embeds it in each of its frames.
+    clip = embed(np.repeat(image, config.num_frames, axis=1))
+    if config.separable_positions:
+        table = np.concatenate([params["pos_embed_cls"][0], params["pos_embed_spatial"][0]])
+        first = np.concatenate(
+            [params["pos_embed_cls"][0], table[1:] + params["pos_embed_temporal"][0, :1]]
+        )
+    else:
+        joint = params["pos_embed"][0]
+        first = joint[: len(tokens[0])]
+        mean = joint[1:].reshape(config.num_frames, -1, config.width).mean(axis=0)
+        table = np.concatenate([joint[:1], mean])
+        if change["image_positions"] == "own":
+            table = params["img_pos_embed"][0]
+    wanted = clip[:, : tokens.shape[1]] - first + table
+    np.testing.assert_allclose(tokens, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_images_visible_tokens_are_rows_of_all(params):
+    config = dataclasses.replace(TINY, image_positions="shared")
+    encoder, image = VideoEncoder(config), _video(config)[:, :1]
+    visible = np.array([[0, 2, 3, 16], [0, 1, 8, 9]], np.int32)
+    embed = jax.jit(lambda visible: encoder.apply(params, image, visible, method="embed"))
+    whole = encoder.apply(params, image, method="embed")
+    np.testing.assert_allclose(
+        embed(visible), np.take_along_axis(whole, visible[..., None], axis=1), rtol=1e-6
+    )
+
+
+def test_an_image_is_refused_unless_it_has_positions(params):
+    image = _video(TINY)[:, :1]
+    with pytest.raises(ConfigError, match="set image_positions"):
+        VideoEncoder(TINY).apply(params, image)
+    shared = dataclasses.replace(TINY, image_positions="shared")
+    with pytest.raises(ConfigError, match=r"shape \(2, 2, 56, 56, 3\); num_frames=4"):
+        VideoEncoder(shared).apply(params, _video(TINY)[:, :2])
+
+
+def test_image_tables_start_as_tables_of_one_frame():
+    config = dataclasses.replace(TINY, image_positions="own", depth=1)
+    variables = jax.jit(VideoEncoder(config).init)(jax.random.key(0), _video(config))
+    table = variables["params"]["img_pos_embed"].value
+    assert table.shape == (1, 17, config.width)
+    np.testing.assert_array_equal(table[0], positions.sincos_3d(32, (1, 4, 4), has_cls=True))
+
+
+def test_without_a_pool():
+    config = dataclasses.replace(TINY, pool=False)
+    assert "pool" not in zoo.abstract_params(config)
+    out = jax.eval_shape(VideoEncoder(config).apply, _init(config), _video(config))
+    assert out.pooled is None
+    assert out.pool_attention is None
+    assert out.tokens.shape == (2, 65, 32)

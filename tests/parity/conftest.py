@@ -14,6 +14,12 @@ _TESTS = Path(__file__).resolve().parents[1]
 _SHARED = _TESTS.parents[1] / "shared" / "goldens"
 
 
+def goldens_folder(config: pytest.Config) -> Path:
+    """Folder of the cases: `--goldens`, else the shared one, else the shipped subset."""
+    asked = config.getoption("--goldens")
+    return Path(asked) if asked else _SHARED if _SHARED.is_dir() else _TESTS / "goldens"
+
+
 @pytest.fixture(scope="session")
 def golden(request: pytest.FixtureRequest) -> Callable[[str], goldens.Golden]:
     """Gives a function from a case's name to the case.
@@ -23,7 +29,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], goldens.Golden]:
     the shipped subset, a skip.
     """
     asked = request.config.getoption("--goldens")
-    folder = Path(asked) if asked else _SHARED if _SHARED.is_dir() else _TESTS / "goldens"
+    folder = goldens_folder(request.config)
 
     @functools.cache
     def load(name: str) -> goldens.Golden:

@@ -14,6 +14,8 @@ import numpy as np
 from safetensors import safe_open
 
 from iv2_jax.interop import torch_keys
+from iv2_jax.interop.torch_keys.classifier import classifier_map
+from iv2_jax.models.classifier import ClassifierConfig
 from iv2_jax.models.student import AlignmentConfig, StudentConfig
 from iv2_jax.models.video_encoder import EncoderConfig
 
@@ -90,6 +92,7 @@ def encoder_config(ctor: dict) -> EncoderConfig:
         qk_norm=ctor.get("qk_normalization", True),
         drop_path_rate=ctor["drop_path_rate"],
         separable_positions=ctor.get("sep_pos_embed", False),
+        image_positions=_IMAGE_POSITIONS[ctor.get("sep_image_video_pos_embed")],
         tanh_gelu=ctor["use_fused_mlp"],
     )
 
@@ -132,6 +135,32 @@ def student_params(golden: Golden, config: StudentConfig) -> dict:
     return torch_keys.from_torch(golden.weights, entries, source=golden.name)
 
 
+def classifier_config(golden: Golden) -> ClassifierConfig:
+    """Classifier of a `s1_finetune*` case or of `traj_finetune_layer_decay`."""
+    ctor = golden.meta["ctor"]
+    unread = set(ctor) - _KNOWN_ARGUMENTS - {"num_classes", "init_scale"}
+    unread -= {"merge_method", "merge_norm", "fc_drop_rate"}
+    assert not unread, f"{golden.name}: unknown constructor arguments {sorted(unread)}"
+    head = ctor.get("merge_method", "proj")
+    if head == "proj":
+        head = "ap" if "extra_mlp.0.weight" in golden.weights else "plain"
+    return ClassifierConfig(
+        encoder=encoder_config(ctor),
+        num_classes=len(golden.weights["head.bias"]),
+        head=head,
+        merge_norm=ctor.get("merge_norm", "LN"),
+        head_init_scale=ctor.get("init_scale", 0.001),
+    )
+
+
+def classifier_params(golden: Golden, config: ClassifierConfig) -> dict:
+    """Our parameters from the case's weights."""
+    return torch_keys.from_torch(golden.weights, classifier_map(config), source=golden.name)
+
+
+# Only stage 2 takes images; its argument says whether they have a table of their own.
+_IMAGE_POSITIONS = {None: "none", False: "shared", True: "own"}
+
 _KNOWN_ARGUMENTS = {
     "attn_pool_num_heads",
     "clip_embed_dim",
@@ -156,6 +185,7 @@ _KNOWN_ARGUMENTS = {
     "patch_size",
     "qk_normalization",
     "qkv_bias",
+    "sep_image_video_pos_embed",
     "sep_pos_embed",
     "tubelet_size",
     "use_flash_attn",

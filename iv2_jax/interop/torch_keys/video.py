@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING
 from iv2_jax.interop.entries import Entry, Rule, build_entries
 
 if TYPE_CHECKING:
-    from iv2_jax.models.student import AlignmentConfig, StudentConfig
+    from iv2_jax.models.student import StudentConfig
     from iv2_jax.models.teachers.videomae import VideoMAEConfig
     from iv2_jax.models.video_encoder import EncoderConfig
 
 # What released checkpoints hold beside the encoder, for those who want the encoder alone.
 HEADS = {
-    r"(clip_|mae_|img_)pos_embed.*": "positions of alignment heads and images",
+    r"(clip_|mae_|img_|clip_img_)pos_embed.*": "positions of alignment heads and images",
     r"(clip|mae|final_clip)_decoder\..*": "alignment decoders",
-    r"(fc_norm|head)\..*": "classifier",
+    r"(fc_norm|head|extra_mlp|down|down_norm)\..*": "classifier",
 }
 
-# Axes of the layouts: D width; N tokens with CLS, L without; S patches of a frame; T temporal
+# Axes of the layouts: D width; N tokens with CLS, L without; S patches of a frame; I tokens of an
+# image with CLS; T temporal
 # slots; t y x c axes of a patch; s one of q, k, v; h d heads and head width; M MLP width; p e heads
 # and head width of the pool; P pooled width; C target width.
 
@@ -42,7 +43,7 @@ def encoder_map(
     """
     rules = [
         ("cls_token", "cls_token", "1 1 D"),
-        *_position_rules("pos_embed", config.separable_positions, with_cls=True),
+        *_position_rules("pos_embed", config, with_cls=True),
         ("patch_embed/kernel", "patch_embed.proj.weight", "t y x c D -> D c t y x"),
         ("patch_embed/bias", "patch_embed.proj.bias", "D"),
     ]
@@ -61,40 +62,57 @@ def encoder_map(
         ("ls2/gamma", "ls2.gamma", "D"),
     ]
     rules += [(f"blocks/{path}", f"blocks.{{}}.{key}", layout) for path, key, layout in block]
-    for name in "qkv":
-        rules += _norm_rules(f"pool/norm_{name}", f"clip_projector.norm1_{name}", "D")
-    for name in "qkv":
-        rules += [
-            (f"pool/{name}/bias", f"clip_projector.cross_attn.{name}_bias", "p e -> (p e)"),
-            (
-                f"pool/{name}/kernel",
-                f"clip_projector.cross_attn.{name}.weight",
-                "D p e -> (p e) D",
-            ),
-        ]
-    rules += [
-        ("pool/proj/kernel", "clip_projector.cross_attn.proj.weight", "p e P -> P (p e)"),
-        ("pool/proj/bias", "clip_projector.cross_attn.proj.bias", "P"),
-    ]
+    if config.pool:
+        rules += _pool_rules()
     return build_entries(rules, _encoder_sizes(config), config.depth, path_prefix, key_prefix)
 
 
-def student_map(config: StudentConfig) -> list[Entry]:
-    """Lists the entries of the stage-1 or distilled student (spec stage1 3.2, 5 and 8)."""
+def _pool_rules() -> list[Rule]:
+    """Rules of the attentive pool, the original's "clip_projector" (spec stage1 2.5)."""
+    rules = []
+    for name in "qkv":
+        rules += _norm_rules(f"pool/norm_{name}", f"clip_projector.norm1_{name}", "D")
+    for name in "qkv":
+        key = f"clip_projector.cross_attn.{name}"
+        rules += [
+            (f"pool/{name}/bias", f"{key}_bias", "p e -> (p e)"),
+            (f"pool/{name}/kernel", f"{key}.weight", "D p e -> (p e) D"),
+        ]
+    return [
+        *rules,
+        ("pool/proj/kernel", "clip_projector.cross_attn.proj.weight", "p e P -> P (p e)"),
+        ("pool/proj/bias", "clip_projector.cross_attn.proj.bias", "P"),
+    ]
+
+
+def student_map(
+    config: StudentConfig, *, path_prefix: str = "", key_prefix: str = ""
+) -> list[Entry]:
+    """Lists the entries of a student: stage 1 (spec stage1 3.2, 5, 8) or stage 2 (stage2 2).
+
+    Args:
+        config: the student's config.
+        path_prefix: put before every path of ours, such as `vision/`.
+        key_prefix: put before every torch key, such as `vision_encoder.`.
+
+    Returns:
+        Entries: the encoder's first, then those of each alignment.
+    """
     encoder = config.encoder
-    sizes = _encoder_sizes(encoder)
-    separable = encoder.separable_positions
-    entries = encoder_map(encoder, path_prefix="encoder/")
+    prefixes = (path_prefix, key_prefix)
+    entries = encoder_map(encoder, path_prefix=f"{path_prefix}encoder/", key_prefix=key_prefix)
     for name, branch in (("clip", config.clip), ("mae", config.mae)):
         if branch is None:
             continue
-        positions = _position_rules(f"{name}_pos_embed", separable, with_cls=branch.has_cls)
-        entries += build_entries(positions, sizes, 0)
-        entries += _decoder_entries(name, branch, encoder.width)
+        rules = _position_rules(f"{name}_pos_embed", encoder, with_cls=branch.has_cls)
+        entries += build_entries(rules, _encoder_sizes(encoder), 0, *prefixes)
+        rules = _decoder_rules(f"{name}_decoder", f"{name}_decoder.{{}}", branch.decoder)
+        sizes = {"D": encoder.width, "C": branch.width}
+        entries += build_entries(rules, sizes, len(branch.layers), *prefixes)
     if config.final_width:
         rules = _decoder_rules("final_clip_decoder", "final_clip_decoder", config.final_decoder)
         final = {"D": encoder.pool_width, "C": config.final_width}
-        entries += build_entries(rules, final, 0)
+        entries += build_entries(rules, final, 0, *prefixes)
     return entries
 
 
@@ -135,6 +153,7 @@ def _encoder_sizes(config: EncoderConfig) -> dict[str, int]:
         "N": 1 + frames * rows * columns,
         "L": frames * rows * columns,
         "S": rows * columns,
+        "I": 1 + rows * columns,
         "T": frames,
         "p": config.pool_heads,
         "e": config.width // config.pool_heads,
@@ -157,15 +176,19 @@ def _trunk_sizes(config: EncoderConfig | VideoMAEConfig) -> dict[str, int]:
     }
 
 
-def _position_rules(name: str, separable: bool, *, with_cls: bool) -> list[Rule]:
-    """Rules of a joint or separable position table."""
-    if not separable:
-        return [(name, name, "1 N D" if with_cls else "1 L D")]
-    rules = [
-        (f"{name}_spatial", f"{name}_spatial", "1 S D"),
-        (f"{name}_temporal", f"{name}_temporal", "1 T D"),
-    ]
-    return rules + ([(f"{name}_cls", f"{name}_cls", "1 1 D")] if with_cls else [])
+def _position_rules(name: str, config: EncoderConfig, *, with_cls: bool) -> list[Rule]:
+    """Rules of a joint or separable position table and of the one for images."""
+    if config.separable_positions:
+        rules = [
+            (f"{name}_spatial", f"{name}_spatial", "1 S D"),
+            (f"{name}_temporal", f"{name}_temporal", "1 T D"),
+        ]
+        return rules + ([(f"{name}_cls", f"{name}_cls", "1 1 D")] if with_cls else [])
+    rules = [(name, name, "1 N D" if with_cls else "1 L D")]
+    if config.image_positions == "own":
+        image = name.removesuffix("pos_embed") + "img_pos_embed"
+        rules.append((image, image, "1 I D" if with_cls else "1 S D"))
+    return rules
 
 
 def _norm_rules(path: str, key: str, axis: str) -> list[Rule]:
@@ -189,9 +212,3 @@ def _decoder_rules(path: str, key: str, kind: str) -> list[Rule]:
         dense = _dense_rules(f"{path}/fc1", f"{key}.head.0", "D", "D'")
         dense += _dense_rules(f"{path}/fc2", f"{key}.head.2", "D", "C")
     return dense + _norm_rules(f"{path}/norm", f"{key}.norm", "C")
-
-
-def _decoder_entries(name: str, branch: AlignmentConfig, width: int) -> list[Entry]:
-    """Entries of the K stacked decoders of a branch."""
-    rules = _decoder_rules(f"{name}_decoder", f"{name}_decoder.{{}}", branch.decoder)
-    return build_entries(rules, {"D": width, "C": branch.width}, len(branch.layers))

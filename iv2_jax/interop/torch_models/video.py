@@ -20,14 +20,14 @@ class EncoderOutput(NamedTuple):
 
     Attributes:
         tokens: (B, N', D) residual stream after the last block; N' counts the visible tokens.
-        pooled: (B, pool_width) output of the attention pool.
-        pool_attention: (B, N') attention of the pool, averaged over heads.
+        pooled: (B, pool_width) output of the attention pool, or None without one.
+        pool_attention: (B, N') attention of the pool, averaged over heads, or None.
         features: residual streams (B, N', D) after the asked-for blocks, ascending.
     """
 
     tokens: Tensor
-    pooled: Tensor
-    pool_attention: Tensor
+    pooled: Tensor | None
+    pool_attention: Tensor | None
     features: list[Tensor]
 
 
@@ -41,6 +41,8 @@ class StudentOutput(NamedTuple):
         clip_weight: (B, N') 1 where a cell of the teacher's has a visible token, or None if the
             grids agree.
         mae_weight: the same for `mae`.
+        tokens: (B, N', D) the encoder's tokens.
+        pooled: (B, pool_width) the encoder's pooled vector, or None.
     """
 
     clip: Tensor | None
@@ -48,6 +50,8 @@ class StudentOutput(NamedTuple):
     mae: Tensor | None
     clip_weight: Tensor | None = None
     mae_weight: Tensor | None = None
+    tokens: Tensor | None = None
+    pooled: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -214,25 +218,29 @@ class VideoEncoder(nn.Module):
     Args:
         config: the exported encoder config: width, depth, num_heads, mlp_width, patch_size,
             tubelet, image_size, num_frames, pool_heads, pool_width, qkv_bias, qk_norm,
-            layer_scale_init, drop_path_rate, separable_positions, tanh_gelu.
+            layer_scale_init, drop_path_rate, separable_positions, image_positions, pool,
+            tanh_gelu.
         fused_attention: use `scaled_dot_product_attention` instead of the plain softmax.
     """
+
+    block = Block  # class of the blocks
 
     def __init__(self, config: Mapping[str, Any], *, fused_attention: bool = True) -> None:
         super().__init__()
         self.grid = encoder_grid(config)
         self.width = config["width"]
         self.separable = config["separable_positions"]
+        self.images = config.get("image_positions", "none")
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(_table(1, 1, self.width))
         self._add_positions("pos_embed", with_cls=True)
         depth = config["depth"]
         rates = torch.linspace(0.0, config["drop_path_rate"], depth).tolist()
-        self.blocks = nn.ModuleList(Block(config, rate, fused_attention) for rate in rates)
-        self.clip_projector = AttentionPool(config)
+        self.blocks = nn.ModuleList(self.block(config, rate, fused_attention) for rate in rates)
+        self.clip_projector = AttentionPool(config) if config.get("pool", True) else None
 
     def forward(self, video: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Pools a normalised video (B, 3, T, H, W) into (B, pool_width).
+        """Pools a normalised video (B, 3, T, H, W) into (B, pool_width), None without a pool.
 
         Args:
             video: normalised pixels.
@@ -247,31 +255,51 @@ class VideoEncoder(nn.Module):
         """Runs the encoder and returns tokens, pooled features and the blocks in `layers`."""
         x = self.patch_embed(video)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
-        x = visible_tokens(x + self.positions("pos_embed", with_cls=True), mask)
+        is_image = self.is_image(video)
+        table = self.positions("pos_embed", with_cls=True, is_image=is_image)
+        x = visible_tokens(x + table, mask)
         features = []
         for index, block in enumerate(self.blocks):
             x = block(x)
             if index in layers:
                 features.append(x)
-        return EncoderOutput(x, *self.clip_projector(x), features)
+        pooled = (None, None) if self.clip_projector is None else self.clip_projector(x)
+        return EncoderOutput(x, *pooled, features)
 
-    def positions(self, name: str, *, with_cls: bool) -> Tensor:
-        """Gives a position table (1, N, D), joint or put together from its separable parts."""
+    def is_image(self, video: Tensor) -> bool:
+        """Whether (B, 3, T, H, W) is placed as an image (spec stage2 2)."""
+        return video.shape[2] == 1 and self.images != "none"
+
+    def positions(self, name: str, *, with_cls: bool, is_image: bool = False) -> Tensor:
+        """Gives a position table (1, N, D), joint or put together from its separable parts.
+
+        An image has a table of its own, the mean of the joint one over time, or the spatial one.
+        """
         if not self.separable:
-            return getattr(self, name)
-        spatial = getattr(self, f"{name}_spatial")
-        temporal = getattr(self, f"{name}_temporal")
-        table = (temporal[:, :, None] + spatial[:, None]).flatten(1, 2)
+            if not is_image:
+                return getattr(self, name)
+            if self.images == "own":
+                return getattr(self, _image_name(name))
+            table, split = getattr(self, name), int(with_cls)
+            mean = table[:, split:].unflatten(1, (self.grid[0], -1)).mean(dim=1)
+            return torch.cat([table[:, :split], mean], dim=1)
+        table = getattr(self, f"{name}_spatial")
+        if not is_image:
+            temporal = getattr(self, f"{name}_temporal")
+            table = (temporal[:, :, None] + table[:, None]).flatten(1, 2)
         return torch.cat([getattr(self, f"{name}_cls"), table], dim=1) if with_cls else table
 
     def _add_positions(self, name: str, *, with_cls: bool) -> None:
         """Registers the parameters of a position table."""
         frames, patches = self.grid[0], self.grid[1] * self.grid[2]
-        sizes = {"": frames * patches + with_cls}
+        sizes = {name: frames * patches + with_cls}
+        if self.images == "own":
+            sizes[_image_name(name)] = patches + with_cls
         if self.separable:
-            sizes = {"_spatial": patches, "_temporal": frames} | ({"_cls": 1} if with_cls else {})
-        for suffix, size in sizes.items():
-            self.register_parameter(name + suffix, nn.Parameter(_table(1, size, self.width)))
+            sizes = {f"{name}_spatial": patches, f"{name}_temporal": frames}
+            sizes |= {f"{name}_cls": 1} if with_cls else {}
+        for table, size in sizes.items():
+            self.register_parameter(table, nn.Parameter(_table(1, size, self.width)))
 
 
 class LinearDecoder(nn.Module):
@@ -342,26 +370,33 @@ class Student(VideoEncoder):
         aligned = {}
         for name, group in wanted.items():
             features = torch.stack([encoded.features[layers.index(layer)] for layer in group])
-            aligned[name] = self._align(name, features, mask)
+            aligned[name] = self._align(name, features, mask, self.is_image(video))
         final = self.final_clip_decoder(encoded.pooled) if self.final_width else None
         clip, clip_weight = aligned.get("clip", (None, None))
         mae, mae_weight = aligned.get("mae", (None, None))
-        return StudentOutput(clip, final, mae, clip_weight, mae_weight)
+        return StudentOutput(
+            clip, final, mae, clip_weight, mae_weight, encoded.tokens, encoded.pooled
+        )
 
-    def _align(self, name: str, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _align(
+        self, name: str, features: Tensor, mask: Tensor, is_image: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Adds positions to (K, B, N', D), pools to the teacher's cells if need be, decodes."""
         branch = self.branches[name]
-        has_cls, grid = branch["has_cls"], branch["grid"]
+        has_cls, own = branch["has_cls"], self.grid
+        grid = tuple(branch["grid"] or own)
+        if is_image:  # the teacher sees an image as one frame too
+            own, grid = (1, *own[1:]), (1, *grid[1:])
         if not has_cls:
             features = features[:, :, 1:]
-        table = self.positions(f"{name}_pos_embed", with_cls=has_cls)
+        table = self.positions(f"{name}_pos_embed", with_cls=has_cls, is_image=is_image)
         features = features + visible_tokens(
             table.expand(mask.shape[0], -1, -1), mask if has_cls else mask[:, 1:]
         )
         weight = None
-        if grid is not None and tuple(grid) != self.grid:
+        if grid != own:
             cls, patches = features[:, :, : int(has_cls)], features[:, :, int(has_cls) :]
-            shares, weight = cell_shares(mask[:, 1:], self.grid, tuple(grid))
+            shares, weight = cell_shares(mask[:, 1:], own, grid)
             cells = torch.einsum("bcm,kbmd->kbcd", shares.to(patches.dtype), patches)
             features = torch.cat([cls, cells], dim=2)
             weight = F.pad(weight, (int(has_cls), 0), value=1.0)
@@ -408,6 +443,11 @@ def encoder_grid(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return config["num_frames"] // config["tubelet"], side, side
 
 
+def _image_name(name: str) -> str:
+    """Name of the position table of images beside that of clips."""
+    return name.removesuffix("pos_embed") + "img_pos_embed"
+
+
 def visible_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """Keeps the tokens of (B, N, D) whose mask is False; every row must keep the same number."""
     if mask is None:
@@ -447,4 +487,6 @@ def _overlap(size: int, cells: int) -> Tensor:
 
 def _table(*shape: int) -> Tensor:
     """A small random table; weights are meant to be loaded."""
-    return nn.init.trunc_normal_(torch.empty(shape), std=0.02)
+    table = torch.empty(shape)
+    nn.init.trunc_normal_(table, std=0.02)  # not returned: transformers switches `init` off
+    return table

@@ -18,8 +18,7 @@ from iv2_jax.models.teachers.base import Teacher, TeacherOutput, resize_frames, 
 from iv2_jax.models.video_encoder import EncoderConfig, VideoEncoder
 from iv2_jax.pixels import normalize
 
-# The tower has the shape of InternVideo2-6B, over one frame (spec stage1 4.1).
-INTERNVL_6B = dataclasses.replace(zoo.get("internvideo2_6b"), num_frames=1)
+INTERNVL_6B = zoo.get("internvl_6b")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,6 +82,14 @@ class VideoMAEConfig:
         return self.num_frames // self.tubelet, side, side
 
 
+ZOO = {
+    "videomaev2_g": VideoMAEConfig(),
+    "test_tiny_videomae": VideoMAEConfig(
+        width=32, depth=2, num_heads=2, mlp_width=64, image_size=56, num_frames=4
+    ),
+}
+
+
 class VideoMAEAttention(nn.Module):
     """Self-attention with biases on queries and values only.
 

@@ -1,0 +1,107 @@
+"""Imports weight files as checkpoints: finds the model, streams the tensors, explains misfits."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iv2_jax.errors import ConfigError
+from iv2_jax.interop import families, identify, load, run_config, stream
+from iv2_jax.interop.entries import MisfitError
+from iv2_jax.models import zoo
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16", "file")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportOptions:
+    """What may be asked of an import.
+
+    Attributes:
+        wrapper: key the weights stand under in a pickled file; None finds it.
+        prefix: take only keys that start so, and take it off.
+        ignore: regular expressions of further keys to leave out.
+        dtype: of the parameters, one of `DTYPES`; `file` keeps the file's.
+        allow_nonfinite: take weights with NaNs or infinities.
+
+    Raises:
+        ConfigError: `dtype` is another.
+    """
+
+    wrapper: str | None = None
+    prefix: str = ""
+    ignore: Sequence[str] = ()
+    dtype: str = "float32"
+    allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+
+
+def import_model(
+    source: str | Path,
+    model: str | None,
+    out: str | Path,
+    options: ImportOptions = ImportOptions(),
+) -> int:
+    """Imports PyTorch weights as a checkpoint of step 0; strict, whole or not at all.
+
+    Args:
+        source: as in `load.open_tensors`, or a folder that `iv2 export` wrote.
+        model: name in the zoo; None for an exported folder, which says what it holds.
+        out: workdir to make.
+        options: see `ImportOptions`.
+
+    Returns:
+        Number of parameters.
+
+    Raises:
+        ConfigError: no model is named where one is needed, or the other way round.
+        CheckpointError: the weights cannot be read or do not fit; says what the file seems to be.
+    """
+    config, path = _what_to_read(Path(source), model)
+    family = families.of(config)
+    tensors = load.select(load.open_tensors(path, wrapper=options.wrapper), options.prefix)
+    renamed, entries = family.to_read(config, tensors)
+    ignore = {**family.ignorable(), **dict.fromkeys(options.ignore, "left out by --ignore")}
+    try:
+        return stream.import_tensors(
+            renamed,
+            entries,
+            out,
+            run_config.of_model(config, str(source)),
+            ignore=ignore,
+            dtype=_dtype(options.dtype),
+            path_prefix=run_config.params_prefix(config),
+            allow_nonfinite=options.allow_nonfinite,
+            source=str(path),
+        )
+    except MisfitError as error:
+        what = identify.explain(tensors, model)
+        raise MisfitError(f"{error}\n  {what}" if what else str(error)) from error
+
+
+def _what_to_read(source: Path, model: str | None) -> tuple[Any, Path]:
+    """The model's config and the file or folder with its weights."""
+    if run_config.is_exported(source):
+        if model:
+            raise ConfigError("--model is not needed: the exported folder says what it holds")
+        return run_config.read_exported(source), run_config.exported_weights(source)
+    if not model:
+        raise ConfigError("--model must name the model that the file holds; see `iv2 zoo`")
+    return zoo.get(model), source
+
+
+def _dtype(name: str) -> Any:
+    """The NumPy dtype of a name; None keeps the file's."""
+    import ml_dtypes
+
+    return {"file": None, "bfloat16": np.dtype(ml_dtypes.bfloat16)}.get(name, name)

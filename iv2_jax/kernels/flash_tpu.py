@@ -1,0 +1,151 @@
+"""Flash attention on TPU: JAX's Pallas splash kernel behind our layout, lengths and head sizes.
+
+The scores never reach the memory of the chip, so memory grows with the number of tokens instead
+of its square. The kernel wants lengths that are multiples of its blocks and is laid out for head
+sizes that are multiples of 128: queries, keys and values are padded with zeros up to both (88 to
+128 and 200 to 256 for the 1B and 6B encoders), padded keys are hidden and the rest is cut off.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import AxisType, PartitionSpec
+
+from iv2_jax.parallel.mesh import BATCH_AXES
+
+LANES = 128
+# Edges of a tile of scores, largest first; 512 x 512 in float32 is 1 MB of on-chip memory.
+_BLOCKS = (512, 384, 256, 128)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: jax.Array | None,
+    scale: float,
+    causal: bool,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention by the splash kernel; differentiable.
+
+    A kernel cannot be split by the partitioner: under a mesh set with `jax.set_mesh` this runs in
+    a `shard_map`, samples over the batch axes and heads over `tensor` where they divide.
+
+    Args:
+        q: `(B, N, h, d)`.
+        k: `(B, M, g, d)`, g dividing h.
+        v: `(B, M, g, d)`.
+        mask: bool `(B or 1, 1, 1, M)`, True = attend; the same for all queries and heads.
+        scale: factor of the scores.
+        causal: hide later keys (N == M).
+        interpret: run the kernel step by step in XLA, on any platform (tests).
+
+    Returns:
+        `(B, N, h, d)` in the dtype of `v`; zeros for a sample all of whose keys are hidden.
+    """
+    batch, keys = k.shape[:2]
+    visible = jnp.ones((batch, keys), jnp.bool_)
+    if mask is not None:
+        visible = jnp.broadcast_to(mask[:, 0, 0], visible.shape)
+    has_mask = mask is not None
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+        return _attend_local(q * scale, k, v, visible, has_mask, causal, interpret)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and any(t != AxisType.Manual for t in mesh.axis_types):
+        rows, heads = _shard_axes(mesh, batch, k.shape[2])
+        spec = PartitionSpec(rows, None, heads, None)
+        local = jax.shard_map(
+            local,
+            in_specs=(spec, spec, spec, PartitionSpec(rows, None)),
+            out_specs=spec,
+            check_vma=False,  # the kernel does not say what its outputs vary over
+        )
+    return local(q, k, v, visible)
+
+
+def _shard_axes(
+    mesh: jax.sharding.AbstractMesh, batch: int, groups: int
+) -> tuple[tuple[str, ...] | None, str | None]:
+    """Mesh axes of samples and of heads; an axis that does not divide is left whole."""
+    rows: tuple[str, ...] = ()
+    shards = 1
+    for axis in BATCH_AXES:
+        if axis in mesh.axis_names and batch % (shards * mesh.shape[axis]) == 0:
+            rows, shards = (*rows, axis), shards * mesh.shape[axis]
+    tensor = mesh.shape.get("tensor", 1)
+    return rows or None, "tensor" if tensor > 1 and groups % tensor == 0 else None
+
+
+def block_size(length: int) -> int:
+    """Largest block whose padding stays within a tenth of what the smallest block needs."""
+    least = _round_up(length, _BLOCKS[-1])
+    return next(b for b in _BLOCKS if _round_up(length, b) <= 1.1 * least)
+
+
+def _round_up(length: int, block: int) -> int:
+    """Smallest multiple of `block` that is at least `length`."""
+    return -(-length // block) * block
+
+
+def _kernel(heads: int, queries: int, keys: int, causal: bool, interpret: bool) -> splash:
+    """Splash kernel of one sample, for padded lengths."""
+    mask_type = splash.CausalMask if causal else splash.FullMask
+    block_q, block_kv = block_size(queries), block_size(keys)
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask_type((queries, keys))] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+
+def _attend_local(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    has_mask: bool,
+    causal: bool,
+    interpret: bool,
+) -> jax.Array:
+    """The rows and heads of one device; `q` is scaled, `visible` is bool (B, M)."""
+    (_, queries, heads, head_dim), keys = q.shape, k.shape[1]
+    full_q, full_k = (_round_up(n, block_size(n)) for n in (queries, keys))
+    width = _round_up(head_dim, LANES)
+
+    def padded(x: jax.Array, length: int) -> jax.Array:
+        """(B, n, h, d) as (B, h, length, width), zeros where there was nothing."""
+        rest = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, width - head_dim))
+        return jnp.pad(x, rest).swapaxes(1, 2)
+
+    kernel = _kernel(heads, full_q, full_k, causal, interpret)
+    arrays = (padded(q, full_q), padded(k, full_k), padded(v, full_k))
+    if has_mask or (full_k > keys and not causal):
+        # Queries carry segment 0, hidden and padded keys segment 1: different ones do not meet.
+        hidden = jnp.pad(~visible, ((0, 0), (0, full_k - keys)), constant_values=True)
+        segments = splash.SegmentIds(
+            q=jnp.zeros((q.shape[0], full_q), jnp.int32), kv=hidden.astype(jnp.int32)
+        )
+        out = jax.vmap(kernel)(*arrays, segments)
+    else:
+        out = jax.vmap(kernel)(*arrays)
+    out = out.swapaxes(1, 2)[:, :queries, :, :head_dim]
+    if has_mask:
+        # Under a causal mask a query is empty when all keys up to it are hidden.
+        seen = jnp.cumsum(visible, axis=1) > 0 if causal else jnp.any(visible, 1, keepdims=True)
+        out = jnp.where(seen[:, :, None, None], out, 0)
+    return out.astype(v.dtype)

@@ -1,0 +1,1 @@
+"""Text towers: BERT, the LLaMA-style CLIP tower and MobileCLIP's."""
