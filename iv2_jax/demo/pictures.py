@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from iv2_jax.data.pipeline import Loader
+
 # One colour a seed or a side, readable for the colour-blind.
 COLOURS = ("#2563a8", "#d9792b", "#3a8a5f", "#8d5fb0", "#b5443c")
 TRAINED, RANDOM = COLOURS[0], "#a8b0ba"
@@ -87,6 +89,19 @@ def probe_bars(probes: Mapping[str, Any]) -> str:
         return _svg(figure)
 
 
+def _spread_clips(batches: Loader, rows: int) -> np.ndarray:
+    """Clips (rows, T, H, W, 3) that lie far apart in the list, so that not all are of one kind."""
+    count = len(batches.source)
+    wanted = set(((np.arange(rows) + 0.5) * count / rows).astype(int).tolist())
+    found = [
+        video
+        for batch in batches
+        for index, video, valid in zip(batch["index"], batch["video"], batch["valid"], strict=True)
+        if valid and int(index) in wanted
+    ]
+    return np.stack(found)
+
+
 def masked_frames(run: Path, rows: int = 4) -> list[dict[str, str]]:
     """What the student sees of held-out clips.
 
@@ -100,10 +115,7 @@ def masked_frames(run: Path, rows: int = 4) -> list[dict[str, str]]:
 
     config = loop.read_config(str(run / "config.json"), {})
     stage = config.make_stage()
-    batch = next(iter(stage.eval_batches()))
-    # Clips of the batch that lie far apart in the list, so that not all are of one kind.
-    pick = np.linspace(0, len(batch["video"]) - 1, min(rows, len(batch["video"]))).astype(int)
-    video = jnp.asarray(batch["video"][pick])
+    video = jnp.asarray(_spread_clips(stage.eval_batches(), rows))
     frozen = jax.tree.map(jnp.asarray, stage.load_teachers())
     outputs = jax.jit(stage.teach)(frozen, video)
     grid = config.student.encoder.grid
