@@ -27,8 +27,9 @@ examples:
   iv2 train --config configs/demo/stage1.py --workdir runs/s1 --config.steps=200
   iv2 eval --ckpt runs/s1 --data clips.jsonl --label action
   iv2 data validate clips.jsonl
-  iv2 data build clips.jsonl --out data/clips
+  iv2 data build clips.jsonl packed
   iv2 export --ckpt runs/s1 --to exported/
+  iv2 zoo internvideo2_1b
 
 `iv2 VERB --help` tells the rest. Exit codes: 0 done, 2 something to mend, 3 the loss is not finite,
 75 stopped on request (the same command goes on).

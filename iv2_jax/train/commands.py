@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 any field of the config is set by --config.FIELD=VALUE:
   iv2 train --config configs/demo/stage1.py --workdir runs/a --config.optimizer.lr=3e-4
   iv2 train --config configs/stage1/internvideo2_1b.py --workdir gs://bucket/run \\
-      --config.mesh.fsdp=16 --config.teachers.clip.weights=internvl_c_13b_224px.pth
+      --config.mesh.fsdp=16 --config.clip_teacher.options.weights=internvl_c_13b_224px.pth
   iv2 train --config runs/a/config.json --workdir runs/b --config.init_from=runs/a
 """
 
