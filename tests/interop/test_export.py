@@ -182,7 +182,8 @@ def test_checkpoint_to_folder_and_back(tmp_path, capsys):
 
 
 def test_a_bare_encoder_is_taken_out_of_a_student(tmp_path, monkeypatch, caplog):
-    zoo = pytest.importorskip("iv2_jax.models.zoo")
+    from iv2_jax.models import zoo
+
     monkeypatch.setattr(zoo, "get", lambda name: ENCODER)
     params = _params(STUDENT)
     tensors = torch_keys.to_torch(params, torch_keys.student_map(STUDENT))

@@ -133,6 +133,7 @@ def _compile(shape, sharding):
         return jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
 
 
+@pytest.mark.tpu
 @pytest.mark.parametrize(
     ("tokens", "heads", "head_dim"), [(2049, 16, 88), (1025, 25, 128), (1025, 16, 200)]
 )
@@ -145,6 +146,7 @@ def test_compiles_for_v5e(v5e, tokens, heads, head_dim):
     assert compiled.memory_analysis().temp_size_in_bytes < scores / 4
 
 
+@pytest.mark.tpu
 def test_compiles_for_a_v5e_mesh(v5e):
     mesh = Mesh(v5e.reshape(2, 1, 2), ("data", "fsdp", "tensor"))
     with jax.set_mesh(mesh):
