@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ DEFAULT_CONFIG = "configs/demo/stage1.py"
 # The label whose probe is the demo's headline, the first of these that the clips have: what needs
 # motion comes before what a single frame shows.
 HEADLINE_LABELS = ("action", "topic", "label", "game")
+CLIPS_A_CLASS = 5
 
 
 # glibc gives the large buffers of XLA's CPU steps back to the system after every step; keeping them
@@ -210,16 +211,28 @@ def check_export(workdir: Path, exported: Path, clips: int = 4) -> float | None:
     return float(difference)
 
 
-def headline(labels: Sequence[str]) -> str:
-    """The label that `probe` and `probe_random` of the summary are about."""
-    return next((name for name in HEADLINE_LABELS if name in labels), sorted(labels)[0])
+def headline(labels: Mapping[str, Mapping[str, Any]]) -> str:
+    """The label that `probe` and `probe_random` of the summary are about.
+
+    The first of `HEADLINE_LABELS` with enough training clips a class to learn from; else the one
+    that has most of them.
+
+    Args:
+      labels: Label -> its `classes` and number of `train_clips`.
+    """
+
+    def clips_a_class(name: str) -> float:
+        return labels[name]["train_clips"] / len(labels[name]["classes"])
+
+    known = [n for n in HEADLINE_LABELS if n in labels and clips_a_class(n) >= CLIPS_A_CLASS]
+    return known[0] if known else max(sorted(labels), key=clips_a_class)
 
 
 def summarise(
     prepared: PreparedData, runs: Sequence[Path], probes: dict[str, Any], difference: float | None
 ) -> dict[str, Any]:
     """The numbers of the demo; see `docs/demo.md` for what each says."""
-    label = headline(list(probes["labels"]))
+    label = headline(probes["labels"])
     losses = [[line["loss"] for line in read_metrics(run, "eval")] for run in runs]
     final = read_metrics(runs[0], "train")[-1]
 
