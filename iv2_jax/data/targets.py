@@ -22,7 +22,6 @@ from iv2_jax.data.sources import packed_shards
 from iv2_jax.errors import ConfigError, DataError
 
 INDEX = "targets.json"
-PARTS = ("train", "eval")
 _NAME = "targets"
 _SHARD_BYTES = 1 << 30
 
@@ -41,7 +40,7 @@ class TargetWriter:
         """Writes one part.
 
         Args:
-          part: one of `PARTS`.
+          part: its name, `train` or `eval`.
           clips: ids of all clips of the list, in order.
           rows: iterable of (position of the clip in the list, {name: array}).
           progress: called after every clip.
@@ -49,14 +48,13 @@ class TargetWriter:
         Returns:
           Number of clips written; those of `clips` that `rows` left out are noted as such.
         """
-        shards, records, size = Shards(self._folder, _NAME, part, _SHARD_BYTES), {}, 0
+        shards, records = Shards(self._folder, _NAME, part, _SHARD_BYTES), {}
         try:
             for position, arrays in rows:
                 self._check(arrays)
                 record = b"".join(np.ascontiguousarray(a).tobytes() for a in arrays.values())
                 shards.write(record)
                 records[clips[position]] = len(records)
-                size += len(record)
                 progress()
         finally:
             shards.close()
@@ -64,7 +62,7 @@ class TargetWriter:
             raise DataError(f"no clip of part {part!r} decodes")
         shards.finish()
         left_out = [clip for clip in clips if clip not in records]
-        self._index["parts"][part] = {"clips": list(records), "left_out": left_out, "bytes": size}
+        self._index["parts"][part] = {"clips": list(records), "left_out": left_out}
         return len(records)
 
     def finish(self) -> None:

@@ -26,8 +26,7 @@ import numpy as np
 from iv2_jax import __version__
 from iv2_jax import config as config_lib
 from iv2_jax.errors import CheckpointError, ConfigError
-from iv2_jax.interop import entries, families, model_card, preprocessing, run_config, weight_files
-from iv2_jax.interop.entries import Entry
+from iv2_jax.interop import entries, families, model_card, run_config, weight_files
 from iv2_jax.models.student import StudentConfig
 from iv2_jax.models.video_encoder import EncoderConfig
 
@@ -41,10 +40,6 @@ SHARD_BYTES = 5_000_000_000
 
 _HF_MODULE = "modeling_iv2.py"
 _HF_IMPORT = "from .video import from_config  # the file of the exported family; its others follow"
-
-read_config = run_config.read_exported
-weights_file = run_config.exported_weights
-run_model_config = run_config.read_run
 
 
 def export_model(
@@ -121,21 +116,6 @@ def export_model(
     return folder
 
 
-def model_entries(config: Any) -> list[Entry]:
-    """The key map of a model of any kind."""
-    return families.of(config).entries(config)
-
-
-def encoder_of(config: StudentConfig | EncoderConfig) -> EncoderConfig:
-    """The encoder's config, alone or within a student's."""
-    return config.encoder if isinstance(config, StudentConfig) else config
-
-
-def preprocessing_spec(encoder: EncoderConfig) -> dict[str, Any]:
-    """What turns a video file into the model's input."""
-    return preprocessing.video(encoder)
-
-
 def verify_export(
     folder: str | Path,
     params: Mapping[str, Any],
@@ -160,8 +140,10 @@ def verify_export(
     from iv2_jax.models.video_encoder import VideoEncoder
 
     theirs = _run_folder(Path(folder), np.asarray(video))
-    encoder = dataclasses.replace(encoder_of(config), precision=Precision())
-    params = params["encoder"] if isinstance(config, StudentConfig) else params
+    encoder = config
+    if isinstance(config, StudentConfig):
+        params, encoder = params["encoder"], config.encoder
+    encoder = dataclasses.replace(encoder, precision=Precision())
     with jax.default_matmul_precision("highest"):
         out = jax.jit(VideoEncoder(encoder).apply)({"params": params}, encoder.normalize(video))
     pairs = ((out.tokens, theirs[0]), (out.pooled, theirs[1]))

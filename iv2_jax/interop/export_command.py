@@ -35,12 +35,12 @@ The folder's README.md shows how to load it in PyTorch.
 def run(args: argparse.Namespace) -> int:
     """Writes the folder; returns 0."""
     from iv2_jax.errors import ConfigError
-    from iv2_jax.interop import export
+    from iv2_jax.interop import export, run_config
     from iv2_jax.train import checkpoint
 
     shard_bytes = _bytes(args.max_shard_size)
-    params, run_config = checkpoint.load_params(args.ckpt, args.step, ema=args.ema)
-    config = export.run_model_config(run_config)
+    params, values = checkpoint.load_params(args.ckpt, args.step, ema=args.ema)
+    config = run_config.read_run(values)
     if args.encoder_only:
         if "encoder" not in params or not hasattr(config, "encoder"):
             raise ConfigError(

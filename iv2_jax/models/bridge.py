@@ -16,14 +16,14 @@ import numpy as np
 from flax import linen as nn
 
 from iv2_jax.errors import ConfigError
-from iv2_jax.models.block_stack import REMAT_POLICIES, scan_blocks
+from iv2_jax.models.block_stack import scan_blocks
+from iv2_jax.models.checks import require_rates, require_remat, require_sizes
 from iv2_jax.models.layers import LayerNorm, Linear, Precision, boxed
 from iv2_jax.models.text.bert_layers import (
     Embeddings,
     Layer,
     LayerConfig,
     cross_attention_bias,
-    require_sizes,
     self_attention_bias,
 )
 
@@ -89,17 +89,14 @@ class BridgeConfig:
         require_sizes(self, sizes + (("vocab_size", "max_length") if self.text else ()))
         if self.num_extra_queries < 0:
             raise ConfigError(f"num_extra_queries={self.num_extra_queries}: must not be negative")
-        if not 0.0 <= self.drop_path_rate < 1.0:
-            raise ConfigError(f"drop_path_rate={self.drop_path_rate}: must be in [0, 1)")
-        if self.remat not in REMAT_POLICIES:
-            raise ConfigError(f"remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+        require_rates(self, ("drop_path_rate",))
+        require_remat(self)
         self.layer  # noqa: B018 (checks the fields it is made of)
 
     @property
     def layer(self) -> LayerConfig:
         """Config of one layer."""
-        names = [field.name for field in dataclasses.fields(LayerConfig)]
-        return LayerConfig(**{name: getattr(self, name) for name in names})
+        return LayerConfig.of(self)
 
     @property
     def num_tokens(self) -> int:

@@ -159,16 +159,8 @@ class DecoderAttention(nn.Module):
                     jax.lax.dynamic_index_in_dim(whole, layer, keepdims=False) for whole in store
                 )
         mixed = dot_product_attention(q, k, v, mask=context.mask, causal=context.causal)
-        out = Linear(
-            (config.num_heads, config.head_dim),
-            (config.width,),
-            ("heads", "head_dim"),
-            ("embed",),
-            use_bias=False,
-            precision=config.precision,
-            lora=config.adapter("o"),
-            name="o",
-        )(mixed, context.train)
+        heads = ((config.num_heads, config.head_dim), ("heads", "head_dim"))
+        out = _linear(config, "o", heads, ((config.width,), ("embed",)))(mixed, context.train)
         return out, store
 
     def _queries_keys_values(self, x: jax.Array, train: bool) -> list[jax.Array]:
@@ -176,16 +168,8 @@ class DecoderAttention(nn.Module):
         config = self.config
 
         def project(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
-            return Linear(
-                (config.width,),
-                shape,
-                ("embed",),
-                axes,
-                use_bias=False,
-                precision=config.precision,
-                lora=config.adapter(name),
-                name=name,
-            )(x, train)
+            source = ((config.width,), ("embed",))
+            return _linear(config, name, source, (shape, axes))(x, train)
 
         groups, head_dim = config.num_kv_heads, config.head_dim
         if not config.fused_qkv:
@@ -196,6 +180,23 @@ class DecoderAttention(nn.Module):
         qkv = project("qkv", (groups, per_group, head_dim), ("heads", None, "head_dim"))
         q = qkv[..., :-2, :].reshape(*x.shape[:-1], config.num_heads, head_dim)
         return [q, qkv[..., -2, :], qkv[..., -1, :]]
+
+
+Axes = tuple[tuple[int, ...], tuple[str | None, ...]]  # sizes and logical names
+
+
+def _linear(config: DecoderConfig, name: str, source: Axes, target: Axes) -> Linear:
+    """A block's linear map without bias, with its adapter if it has one."""
+    return Linear(
+        source[0],
+        target[0],
+        source[1],
+        target[1],
+        use_bias=False,
+        precision=config.precision,
+        lora=config.adapter(name),
+        name=name,
+    )
 
 
 class GatedMlp(nn.Module):
@@ -209,20 +210,9 @@ class GatedMlp(nn.Module):
         config = self.config
         inner, outer = ((config.width,), ("embed",)), ((config.mlp_width,), ("mlp",))
 
-        def project(name: str, x: jax.Array, source: tuple, target: tuple) -> jax.Array:
-            return Linear(
-                source[0],
-                target[0],
-                source[1],
-                target[1],
-                use_bias=False,
-                precision=config.precision,
-                lora=config.adapter(name),
-                name=name,
-            )(x, train)
-
-        hidden = jax.nn.silu(project("gate", x, inner, outer)) * project("up", x, inner, outer)
-        return project("down", hidden, outer, inner)
+        gate = jax.nn.silu(_linear(config, "gate", inner, outer)(x, train))
+        hidden = gate * _linear(config, "up", inner, outer)(x, train)
+        return _linear(config, "down", outer, inner)(hidden, train)
 
 
 class DecoderBlock(nn.Module):

@@ -15,7 +15,8 @@ from flax import linen as nn
 from iv2_jax.errors import ConfigError
 from iv2_jax.models import positions
 from iv2_jax.models.attention import AttentionPool
-from iv2_jax.models.block_stack import REMAT_POLICIES, Block, resolve_layers, scan_blocks
+from iv2_jax.models.block_stack import Block, resolve_layers, scan_blocks
+from iv2_jax.models.checks import require_rates, require_remat, require_sizes
 from iv2_jax.models.layers import PatchEmbed, Precision, boxed, kernel_init
 from iv2_jax.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize
 
@@ -80,10 +81,7 @@ class EncoderConfig:
     precision: Precision = dataclasses.field(default_factory=Precision)
 
     def __post_init__(self) -> None:
-        for field in _SIZES:
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field}={value!r}: a whole number of at least 1 is needed")
+        require_sizes(self, _SIZES)
         for field, divisor in _MULTIPLES:
             if getattr(self, field) % getattr(self, divisor):
                 raise ConfigError(
@@ -96,10 +94,8 @@ class EncoderConfig:
                 f"width={self.width}: sine-cosine positions need a multiple of {step} "
                 f"with separable_positions={self.separable_positions}"
             )
-        if not 0.0 <= self.drop_path_rate < 1.0:
-            raise ConfigError(f"drop_path_rate={self.drop_path_rate}: must be in [0, 1)")
-        if self.remat not in REMAT_POLICIES:
-            raise ConfigError(f"remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+        require_rates(self, ("drop_path_rate",))
+        require_remat(self)
         if min(self.pixel_std) <= 0:
             raise ConfigError(f"pixel_std={self.pixel_std}: must be positive")
         self._check_images()

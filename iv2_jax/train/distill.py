@@ -31,6 +31,7 @@ from iv2_jax.data.targets import check_settings
 from iv2_jax.errors import ConfigError
 from iv2_jax.models import masking, teachers
 from iv2_jax.models.student import AlignmentConfig, Student, StudentConfig, StudentOutput
+from iv2_jax.models.teachers import stored
 from iv2_jax.models.teachers.base import Teacher, TeacherOutput
 from iv2_jax.objectives import distillation
 from iv2_jax.train.stage import Batch, Metrics, RunConfig, Stage
@@ -120,11 +121,7 @@ class DistillConfig(RunConfig):
 
     def _check_views(self) -> None:
         """Stored features are of one view of a clip, the same in training and evaluation."""
-        if self.data.augment != "center" or self.data.views > 1:
-            raise ConfigError(
-                "teacher_features needs data.augment='center' and data.views=1: what is read was "
-                f"computed of one view (here {self.data.augment!r}, views {self.data.views})"
-            )
+        dataclasses.replace(self.data, fixed_view=True)  # refuses data that gives other views
         for name in VIEW_FIELDS if self.eval_data else ():
             ours, theirs = getattr(self.data, name), getattr(self.eval_data, name)
             if ours != theirs:
@@ -250,7 +247,7 @@ class DistillStage(Stage):
             batch["visible"] = jax.ShapeDtypeStruct(shape, jnp.int32)
         if self.config.teacher_features:
             outputs = jax.eval_shape(self.teach, self._abstract_teachers(), batch["video"])
-            batch |= jax.eval_shape(stored_arrays, outputs)
+            batch |= jax.eval_shape(stored.pack, outputs)
         return batch
 
     @property
@@ -275,7 +272,7 @@ class DistillStage(Stage):
         mask_rng, drop_rng = jax.random.split(rng)
         video = batch["video"]
         read = self.config.teacher_features
-        outputs = self._stored_outputs(batch) if read else self.teach(frozen, video)
+        outputs = stored.unpack(batch, self.teachers) if read else self.teach(frozen, video)
         if self._loader_masks:
             visible = batch["visible"]
         else:
@@ -308,22 +305,6 @@ class DistillStage(Stage):
             frames = video[:, ::stride] if role == "clip" else video
             outputs[role] = jax.lax.stop_gradient(teacher(frozen[teacher.weights_id], frames))
         return outputs
-
-    def _stored_outputs(self, batch: Batch) -> dict[str, TeacherOutput]:
-        """What `stored_arrays` made of the teachers' outputs, as it was."""
-
-        def given(role: str, name: str) -> jax.Array | None:
-            value = batch.get(f"{role}_{name}")
-            return None if value is None else value.astype(jnp.float32)
-
-        return {
-            role: TeacherOutput(
-                tokens=given(role, "tokens").swapaxes(0, 1),
-                pooled=given(role, "pooled"),
-                saliency=given(role, "saliency"),
-            )
-            for role in self.teachers
-        }
 
     def saliency(self, outputs: dict[str, TeacherOutput], batch_size: int) -> jax.Array:
         """What guides the mask, on the student's grid: (B, T', H'*W') float32, non-negative."""
@@ -390,19 +371,3 @@ class DistillStage(Stage):
             process_count=jax.process_count(),
             start_step=start_step,
         )
-
-
-def stored_arrays(outputs: dict[str, TeacherOutput]) -> dict[str, jax.Array]:
-    """What is stored of a batch's teacher outputs: float16 arrays with the batch in front.
-
-    Saliency is scaled to a mean of one by clip: masks follow from its ratios, and it must fit.
-    """
-    arrays = {}
-    for role, output in outputs.items():
-        arrays[f"{role}_tokens"] = output.tokens.swapaxes(0, 1)
-        if output.pooled is not None:
-            arrays[f"{role}_pooled"] = output.pooled
-        if output.saliency is not None:
-            mean = jnp.mean(output.saliency, axis=(1, 2), keepdims=True)
-            arrays[f"{role}_saliency"] = output.saliency / jnp.maximum(mean, 1e-12)
-    return {name: value.astype(jnp.float16) for name, value in arrays.items()}

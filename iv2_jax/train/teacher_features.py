@@ -16,8 +16,9 @@ from iv2_jax.data.pipeline import DataConfig, make_loader
 from iv2_jax.data.sources import ClipSource, open_source
 from iv2_jax.data.targets import TargetWriter
 from iv2_jax.errors import ConfigError
+from iv2_jax.models.teachers import stored
 from iv2_jax.parallel.mesh import make_mesh
-from iv2_jax.train.distill import DistillConfig, DistillStage, stored_arrays
+from iv2_jax.train.distill import DistillConfig, DistillStage
 from iv2_jax.train.loop import put_frozen, to_device
 
 
@@ -88,7 +89,7 @@ class _Teach:
         self.stage = stage
         self.mesh = make_mesh(stage.config.mesh)
         self.weights = put_frozen(stage, self.mesh)
-        self.run = jax.jit(lambda frozen, video: stored_arrays(stage.teach(frozen, video)))
+        self.run = jax.jit(lambda frozen, video: stored.pack(stage.teach(frozen, video)))
 
     def rows(
         self, data: DataConfig, source: ClipSource

@@ -37,6 +37,25 @@ def random_params(config, seed=0, dtype=np.float32):
     return traverse_util.unflatten_dict(made, sep="/")
 
 
+def random_tree(entries_, seed=0, dtype=np.float32):
+    """Parameters of a key table whose values are all different."""
+    rng = np.random.default_rng(seed)
+    abstract = entries.abstract_params(entries_)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(dtype), abstract)
+
+
+def check_round_trip(params, entries_):
+    """Asserts that ours -> PyTorch -> ours -> PyTorch changes nothing, keys and shapes included."""
+    tensors = entries.to_torch(params, entries_)
+    assert {k: v.shape for k, v in tensors.items()} == entries.torch_shapes(entries_)
+    back = entries.from_torch(tensors, entries_)
+    jax.tree.map(np.testing.assert_array_equal, params, back)
+    again = entries.to_torch(back, entries_)
+    assert again.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(again[key], tensor)
+
+
 def equal(tree, other):
     """Asserts that two trees are the same to the bit."""
     assert jax.tree.structure(tree) == jax.tree.structure(other)

@@ -23,6 +23,7 @@ from iv2_jax.models import bridge as bridge_lib
 from iv2_jax.models import chat as chat_lib
 from iv2_jax.models import zoo
 from iv2_jax.models.lora import LoraConfig
+from tests.interop.family_cases import random_tree
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "manifests" / "chat"
 
@@ -92,12 +93,6 @@ def test_paths_and_shapes_are_our_models(name):
     assert _shapes(zoo.abstract_params(config)) == _shapes(torch_keys.abstract_params(entries))
 
 
-def _random(entries, seed=0):
-    rng = np.random.default_rng(seed)
-    abstract = torch_keys.abstract_params(entries)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype("f4"), abstract)
-
-
 @pytest.mark.parametrize(
     "entries",
     [
@@ -114,7 +109,7 @@ def _random(entries, seed=0):
     ],
 )
 def test_round_trip_is_the_identity(entries):
-    params = _random(entries)
+    params = random_tree(entries)
     tensors = torch_keys.to_torch(params, entries)
     assert {key: np.shape(value) for key, value in tensors.items()} == (
         torch_keys.torch_shapes(entries)
@@ -129,7 +124,7 @@ def test_round_trip_is_the_identity(entries):
 def test_layers_keep_their_numbers():
     config = dataclasses.replace(TINY.bridge, depth=5)
     entries = bridge_map(config)
-    params = _random(entries)
+    params = random_tree(entries)
     tensors = torch_keys.to_torch(params, entries)
     layer = "qformer.bert.encoder.layer"
     groups, tail = params["groups"], params["tail"]
@@ -160,7 +155,7 @@ def test_other_names_of_the_original():
 
 def test_only_what_carries_nothing_is_left_out():
     entries = chat_map(TINY)
-    params = _random(entries)
+    params = random_tree(entries)
     tensors = torch_keys.to_torch(params, entries)
     extra = {
         "qformer.cls.predictions.bias": np.zeros(3),

@@ -26,6 +26,7 @@ from iv2_jax.interop.torch_keys.video import encoder_map
 from iv2_jax.models import positions, zoo
 from iv2_jax.models.clip import ZOO, Clip
 from iv2_jax.models.lora import LoraConfig
+from tests.interop.family_cases import check_round_trip, random_tree
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "manifests" / "clip"
 TINY, SMALL = ZOO["test_tiny_clip"], ZOO["test_tiny_clip_small"]
@@ -60,12 +61,6 @@ def _manifest(name):
 
 def _abstract(shapes, dtype=jnp.bfloat16):
     return {key: jax.ShapeDtypeStruct(shape, dtype) for key, shape in shapes.items()}
-
-
-def _random(entries, seed=0):
-    rng = np.random.default_rng(seed)
-    abstract = torch_keys.abstract_params(entries)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract)
 
 
 def _paths(tree):
@@ -108,20 +103,14 @@ def test_a_file_with_the_originals_keys_is_read_whole(name):
 @pytest.mark.parametrize("config", [TINY, ADAPTED, SMALL], ids=["llama", "lora", "small"])
 def test_round_trip_is_the_identity_and_paths_are_the_models(config):
     entries = clip_map(config)
-    params = _random(entries)
-    tensors = torch_keys.to_torch(params, entries)
-    assert {key: value.shape for key, value in tensors.items()} == torch_keys.torch_shapes(entries)
-    back = torch_keys.from_torch(tensors, entries)
-    jax.tree.map(np.testing.assert_array_equal, params, back)
-    again = torch_keys.to_torch(back, entries)
-    for key, tensor in tensors.items():
-        np.testing.assert_array_equal(again[key], tensor)
+    params = random_tree(entries)
+    check_round_trip(params, entries)
     assert _paths(params) == _paths(zoo.abstract_params(config))
 
 
 def test_layouts_put_each_value_where_the_original_has_it():
     entries = clip_map(ADAPTED)
-    params = _random(entries)
+    params = random_tree(entries)
     tensors = torch_keys.to_torch(params, entries)
     attention = params["text_encoder"]["decoder"]["blocks"]["attn"]
     key = "text_encoder.transformer.layers.1.self_attn.q_proj"
@@ -138,7 +127,7 @@ def test_layouts_put_each_value_where_the_original_has_it():
     assert tensors["temp"].shape == ()
 
     entries = clip_map(SMALL)
-    params = _random(entries)
+    params = random_tree(entries)
     tensors = torch_keys.to_torch(params, entries)
     # The two blocks have MLPs of different sizes, so each is a stack of its own.
     qkv = params["text_encoder"]["blocks_1"]["attn"]["qkv"]["kernel"]
@@ -151,7 +140,7 @@ def test_layouts_put_each_value_where_the_original_has_it():
 
 def test_rotary_buffers_and_a_language_head_are_left_out():
     entries = clip_map(TINY)
-    tensors = torch_keys.to_torch(_random(entries), entries)
+    tensors = torch_keys.to_torch(random_tree(entries), entries)
     layer = "text_encoder.transformer.layers.0.self_attn.rotary_emb.inv_freq"
     extra = tensors | {layer: np.ones(4), "text_encoder.transformer.lm_head.weight": np.ones(3)}
     torch_keys.from_torch(extra, entries, ignore=IGNORABLE)
@@ -162,7 +151,7 @@ def test_rotary_buffers_and_a_language_head_are_left_out():
 
 
 def test_the_delta_of_a_model_is_what_a_release_holds():
-    params = _random(clip_map(TINY))
+    params = random_tree(clip_map(TINY))
     delta = clip_recipes.clip_delta(params, TINY)
     assert {key: v.shape for key, v in delta.items()} == torch_keys.torch_shapes(
         clip_delta_map(TINY)
@@ -188,7 +177,7 @@ def _old_names(tensors, *, oldest):
 
 @pytest.mark.parametrize("oldest", [False, True])
 def test_old_names_of_adapters_become_new_ones(oldest):
-    tensors = torch_keys.to_torch(_random(clip_map(ADAPTED)), clip_map(ADAPTED))
+    tensors = torch_keys.to_torch(random_tree(clip_map(ADAPTED)), clip_map(ADAPTED))
     old = _old_names(tensors, oldest=oldest)
     assert old.keys() != tensors.keys()
     new = clip_recipes.modern_peft_names(old)
@@ -199,13 +188,13 @@ def test_old_names_of_adapters_become_new_ones(oldest):
 
 
 def test_names_without_adapters_stay():
-    tensors = torch_keys.to_torch(_random(clip_map(TINY)), clip_map(TINY))
+    tensors = torch_keys.to_torch(random_tree(clip_map(TINY)), clip_map(TINY))
     assert clip_recipes.modern_peft_names(tensors) is tensors
 
 
 @pytest.mark.parametrize("names", ["new", "old"])
 def test_folded_adapters_give_the_same_model(names):
-    params = _random(clip_map(ADAPTED))
+    params = random_tree(clip_map(ADAPTED))
     params = jax.tree.map(lambda leaf: 0.2 * leaf, params)
     tensors = torch_keys.to_torch(params, clip_map(ADAPTED, peft=names))
     folded = clip_recipes.clip_from_lora(tensors, TINY, **RECIPE)
@@ -224,7 +213,7 @@ def test_folded_adapters_give_the_same_model(names):
 
 
 def test_a_file_with_adapters_is_not_taken_for_one_without():
-    tensors = torch_keys.to_torch(_random(clip_map(ADAPTED)), clip_map(ADAPTED))
+    tensors = torch_keys.to_torch(random_tree(clip_map(ADAPTED)), clip_map(ADAPTED))
     with pytest.raises(CheckpointError, match="base_layer"):
         torch_keys.from_torch(tensors, clip_map(TINY))
     with pytest.raises(ConfigError, match=r"decoder\.lora"):
@@ -239,7 +228,7 @@ def parts():
     """A stage-2 model of 2 frames, InternVL-C and a delta, for `TINY` of 4 frames."""
     vision = dataclasses.replace(TINY.vision, num_frames=2)
     entries = encoder_map(vision, key_prefix="vision_encoder.")
-    stage2 = torch_keys.to_torch(_random(entries, 1), entries)
+    stage2 = torch_keys.to_torch(random_tree(entries, 1), entries)
     stage2 |= {
         "vision_encoder.img_pos_embed": np.zeros((1, 17, 32)),
         "vision_encoder.clip_pos_embed": np.zeros((1, 33, 32)),
@@ -249,9 +238,9 @@ def parts():
         "temp": np.float32(0.07),
     }
     entries = llama_clip_map(TINY.text)
-    text = torch_keys.to_torch(_random(entries, 2), entries)
+    text = torch_keys.to_torch(random_tree(entries, 2), entries)
     text |= {"visual.cls_token": np.zeros((1, 1, 8)), "logit_scale": np.zeros(())}
-    delta = torch_keys.to_torch(_random(clip_delta_map(TINY), 3), clip_delta_map(TINY))
+    delta = torch_keys.to_torch(random_tree(clip_delta_map(TINY), 3), clip_delta_map(TINY))
     return stage2, text, delta
 
 
@@ -357,12 +346,12 @@ def test_released_parts_make_the_released_model(size):
 def small_parts():
     """A distilled student, MobileCLIP and a delta, for `SMALL`."""
     entries = encoder_map(SMALL.vision)
-    student = torch_keys.to_torch(_random(entries, 1), entries)
+    student = torch_keys.to_torch(random_tree(entries, 1), entries)
     student |= {"clip_pos_embed": np.zeros(3), "final_clip_decoder.head.0.bias": np.zeros(3)}
     entries = mobileclip_map(SMALL.text, key_prefix="text_encoder.")
-    text = torch_keys.to_torch(_random(entries, 2), entries)
+    text = torch_keys.to_torch(random_tree(entries, 2), entries)
     text |= {"image_encoder.stem.weight": np.zeros(3), "logit_scale": np.zeros(())}
-    delta = torch_keys.to_torch(_random(clip_delta_map(SMALL), 3), clip_delta_map(SMALL))
+    delta = torch_keys.to_torch(random_tree(clip_delta_map(SMALL), 3), clip_delta_map(SMALL))
     return student, text, delta
 
 

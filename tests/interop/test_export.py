@@ -15,7 +15,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from iv2_jax.errors import CheckpointError, ConfigError
-from iv2_jax.interop import export, export_command, import_command, load, torch_keys
+from iv2_jax.interop import (
+    export,
+    export_command,
+    families,
+    import_command,
+    load,
+    preprocessing,
+    run_config,
+    torch_keys,
+)
 from iv2_jax.models.student import AlignmentConfig, StudentConfig
 from iv2_jax.models.video_encoder import EncoderConfig
 from iv2_jax.train import checkpoint
@@ -36,7 +45,7 @@ BARE = StudentConfig(ENCODER, clip=None, mae=None, final_width=0, final_decoder=
 def _params(config, seed=0):
     """Random parameters whose values are of the size of trained ones."""
     rng = np.random.default_rng(seed)
-    abstract = torch_keys.abstract_params(export.model_entries(config))
+    abstract = torch_keys.abstract_params(families.of(config).entries(config))
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype("f4") * 0.1, abstract)
 
 
@@ -63,7 +72,7 @@ def test_folder_holds_what_its_card_says(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     assert tensors["clip_decoder.1.head.weight"].shape == (20, 32)
     assert tensors["mae_decoder.0.head.2.weight"].shape == (12, 32)
-    assert export.read_config(folder) == STUDENT
+    assert run_config.read_exported(folder) == STUDENT
     spec = json.loads((folder / "preprocessing.json").read_text())
     assert (spec["num_frames"], spec["image_size"]) == (2, 28)
     card = (folder / "README.md").read_text()
@@ -75,7 +84,7 @@ def test_folder_holds_what_its_card_says(tmp_path):
 def test_preprocessing_rule_is_the_loaders():
     from iv2_jax.data import sampling
 
-    text = export.preprocessing_spec(EncoderConfig(384, 12, 6, 1536))["sampling"]
+    text = preprocessing.video(EncoderConfig(384, 12, 6, 1536))["sampling"]
     rule = re.search(r"frame i is (.*), i = ", text).group(1)
     for count in (3, 8, 100, 300):
         named = {"n": count, "T": 8, "round": lambda x: int(np.round(x)), "int": int}
@@ -147,15 +156,15 @@ def test_parameters_that_do_not_fit_write_nothing(tmp_path):
 
 def test_folders_of_others_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"no config\.json"):
-        export.read_config(tmp_path)
+        run_config.read_exported(tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": ["Other"]}')
     with pytest.raises(CheckpointError, match="iv2 export"):
-        export.read_config(tmp_path)
+        run_config.read_exported(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="no JSON"):
-        export.read_config(tmp_path)
+        run_config.read_exported(tmp_path)
     with pytest.raises(CheckpointError, match="student"):
-        export.run_model_config({"stage": "align"})
+        run_config.read_run({"stage": "align"})
 
 
 def _run(command, *arguments):
@@ -171,14 +180,14 @@ def test_checkpoint_to_folder_and_back(tmp_path, capsys):
     assert _run(export_command, "--ckpt", ckpt, "--to", folder) == 0
     assert "model.safetensors" in capsys.readouterr().out
     assert _run(import_command, "--from", folder, "--out", again) == 0
-    back, run_config = checkpoint.load_params(again)
+    back, values = checkpoint.load_params(again)
     _equal(back, params)
-    assert export.run_model_config(run_config) == STUDENT
+    assert run_config.read_run(values) == STUDENT
     with pytest.raises(CheckpointError, match="not empty"):
         _run(import_command, "--from", folder, "--out", again)
     encoder = tmp_path / "encoder"
     assert _run(export_command, "--ckpt", ckpt, "--to", encoder, "--encoder-only") == 0
-    assert export.read_config(encoder) == ENCODER
+    assert run_config.read_exported(encoder) == ENCODER
 
 
 def test_a_bare_encoder_is_taken_out_of_a_student(tmp_path, monkeypatch, caplog):
@@ -192,9 +201,9 @@ def test_a_bare_encoder_is_taken_out_of_a_student(tmp_path, monkeypatch, caplog)
     with caplog.at_level("INFO"):
         assert _run(import_command, "--from", file, "--model", "tiny", "--out", out) == 0
     assert "alignment decoders" in caplog.text
-    back, run_config = checkpoint.load_params(out)
+    back, values = checkpoint.load_params(out)
     _equal(back, {"encoder": params["encoder"]})
-    assert export.run_model_config(run_config) == BARE
+    assert run_config.read_run(values) == BARE
     with pytest.raises(ConfigError, match="--model"):
         _run(import_command, "--from", file, "--out", tmp_path / "other")
 
@@ -270,7 +279,7 @@ def test_other_kinds_go_through_checkpoints(tmp_path):
     load.save_checkpoint(random_params(config), config, tmp_path / "run", source="test")
     folder = tmp_path / "out"
     assert _run(export_command, "--ckpt", tmp_path / "run", "--to", folder) == 0
-    assert export.read_config(folder) == config
+    assert run_config.read_exported(folder) == config
     assert "BEATs" in (folder / "README.md").read_text()
     with pytest.raises(ConfigError, match="--encoder-only"):
         _run(export_command, "--ckpt", tmp_path / "run", "--to", tmp_path / "x", "--encoder-only")
@@ -287,7 +296,7 @@ def test_composed_models_load_from_their_folder(tmp_path, name):
     params = random_params(config)
     folder = export.export_model(params, config, tmp_path / "out", weight_format="torch")
     model, _ = export.load_exported(folder)
-    state = torch_keys.to_torch(params, export.model_entries(config))
+    state = torch_keys.to_torch(params, families.of(config).entries(config))
     assert set(model.state_dict()) == set(state)
     for key, value in model.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), state[key])

@@ -18,6 +18,7 @@ from iv2_jax.interop.torch_keys.audio import beats_map, weight_norm_keys
 from iv2_jax.interop.torch_keys.stage2 import IGNORABLE, stage2_map
 from iv2_jax.models import kinds, stage2
 from iv2_jax.models.audio import beats, beats_layers
+from tests.interop.family_cases import check_round_trip, random_tree
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "manifests" / "stage2"
 MODELS = {
@@ -34,13 +35,6 @@ TINY = ["test_tiny_beats", "test_tiny_stage2", "test_tiny_stage2_audiovisual"]
 def _entries(name):
     config = CONFIGS[name]
     return (beats_map if isinstance(config, beats.BeatsConfig) else stage2_map)(config)
-
-
-def _random(entries, seed=0):
-    """Parameters whose values are all different."""
-    rng = np.random.default_rng(seed)
-    abstract = torch_keys.abstract_params(entries)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract)
 
 
 def _manifest(name):
@@ -98,20 +92,13 @@ def test_paths_and_shapes_are_the_modules(name):
 @pytest.mark.parametrize("name", TINY)
 def test_round_trip_is_exact(name):
     entries = _entries(name)
-    params = _random(entries)
-    tensors = torch_keys.to_torch(params, entries)
-    assert {k: v.shape for k, v in tensors.items()} == torch_keys.torch_shapes(entries)
-    back = torch_keys.from_torch(tensors, entries)
-    jax.tree.map(np.testing.assert_array_equal, params, back)
-    again = torch_keys.to_torch(back, entries)
-    assert again.keys() == tensors.keys()
-    for key, tensor in tensors.items():
-        np.testing.assert_array_equal(again[key], tensor)
+    params = random_tree(entries)
+    check_round_trip(params, entries)
 
 
 def test_layouts_put_each_value_where_the_original_has_it():
     entries = _entries("test_tiny_beats")
-    params = _random(entries)
+    params = random_tree(entries)
     tensors = torch_keys.to_torch(params, entries)
     conv = params["pos_conv"]
     assert tensors["encoder.pos_conv.0.weight_v"][7, 5, 2] == conv["weight_v"][2, 5, 7]
@@ -130,7 +117,7 @@ def test_layouts_put_each_value_where_the_original_has_it():
 def audio_file():
     """Entries, parameters and a state dict of an audio encoder."""
     entries = _entries("test_tiny_beats")
-    params = _random(entries)
+    params = random_tree(entries)
     return entries, params, torch_keys.to_torch(params, entries)
 
 
@@ -194,7 +181,7 @@ def test_the_usual_form_is_passed_on_as_it_is(audio_file):
 @pytest.mark.parametrize("name", ["test_tiny_beats", "test_tiny_stage2_audiovisual"])
 def test_the_importer_reads_names_of_newer_pytorch(name):
     config, entries = CONFIGS[name], _entries(name)
-    params = _random(entries)
+    params = random_tree(entries)
     tensors = torch_keys.to_torch(params, entries)
     prefix = "" if name == "test_tiny_beats" else "audio_encoder."
     for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
@@ -206,7 +193,7 @@ def test_the_importer_reads_names_of_newer_pytorch(name):
 
 def test_teacher_and_classifier_are_left_out_by_name():
     entries = _entries("test_tiny_stage2_audiovisual")
-    params = _random(entries)
+    params = random_tree(entries)
     extra = torch_keys.to_torch(params, entries) | {
         "clip_teacher.blocks.0.ls1.gamma": np.zeros(3),
         "audio_encoder.predictor.weight": np.zeros((2, 3)),
@@ -219,7 +206,7 @@ def test_teacher_and_classifier_are_left_out_by_name():
 
 def test_a_visual_file_is_refused_by_the_audiovisual_model():
     entries = _entries("test_tiny_stage2")
-    tensors = torch_keys.to_torch(_random(entries), entries)
+    tensors = torch_keys.to_torch(random_tree(entries), entries)
     with pytest.raises(CheckpointError) as error:
         torch_keys.from_torch(tensors, _entries("test_tiny_stage2_audiovisual"))
     assert "av_concat_vision_proj" in str(error.value)
@@ -234,7 +221,7 @@ def test_torch_modules_give_our_outputs(name):
 
     config, entries = CONFIGS[name], _entries(name)
     kind = kinds.of(config)
-    params = jax.tree.map(lambda x: 0.2 * x, _random(entries))
+    params = jax.tree.map(lambda x: 0.2 * x, random_tree(entries))
     module = torch_audio if kind.name == "beats" else torch_stage2
     model = module.from_config({"kind": kind.name, "model": config_lib.to_dict(config)})
     tensors = torch_keys.to_torch(params, entries)

@@ -18,17 +18,12 @@ from iv2_jax.interop import torch_keys
 from iv2_jax.interop.torch_keys.text import HEAD, IGNORABLE, bert_map
 from iv2_jax.models import kinds
 from iv2_jax.models.text.bert import ZOO, Bert
+from tests.interop.family_cases import check_round_trip, random_tree
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "manifests" / "text"
 LARGE = ZOO["bert_large_stage2_1b"]
 TINY = ZOO["test_tiny_bert"]
 BARE = dataclasses.replace(TINY, mlm_head=False)
-
-
-def _random(entries, seed=0):
-    rng = np.random.default_rng(seed)
-    abstract = torch_keys.abstract_params(entries)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract)
 
 
 @pytest.mark.parametrize(
@@ -82,19 +77,13 @@ def test_paths_and_shapes_are_the_modules(config):
 @pytest.mark.parametrize("config", [TINY, BARE], ids=["head", "bare"])
 def test_round_trip_is_exact(config):
     entries = bert_map(config, path_prefix="text_encoder/", key_prefix="text_encoder.")
-    params = _random(entries)
-    tensors = torch_keys.to_torch(params, entries)
-    back = torch_keys.from_torch(tensors, entries)
-    jax.tree.map(np.testing.assert_array_equal, params, back)
-    again = torch_keys.to_torch(back, entries)
-    assert again.keys() == tensors.keys()
-    for key, tensor in tensors.items():
-        np.testing.assert_array_equal(again[key], tensor)
+    params = random_tree(entries)
+    check_round_trip(params, entries)
 
 
 def test_fusion_layers_are_numbered_from_the_fusion_layer_on():
     entries = bert_map(TINY)
-    params = _random(entries)
+    params = random_tree(entries)
     tensors = torch_keys.to_torch(params, entries)
     value = params["fusion_layers"]["cross_attn"]["v"]["kernel"]
     key = f"bert.encoder.layer.{TINY.fusion_layer}.crossattention.self.value.weight"
@@ -106,7 +95,7 @@ def test_fusion_layers_are_numbered_from_the_fusion_layer_on():
 def state():
     """Entries, parameters and a state dict that fits them."""
     entries = bert_map(TINY)
-    params = _random(entries)
+    params = random_tree(entries)
     return entries, params, torch_keys.to_torch(params, entries)
 
 
@@ -178,7 +167,7 @@ def test_torch_modules_give_our_outputs(config):
     from iv2_jax.interop.torch_models import text
 
     entries = bert_map(config)
-    params = jax.tree.map(lambda x: 0.3 * x, _random(entries))
+    params = jax.tree.map(lambda x: 0.3 * x, random_tree(entries))
     model = text.from_config({"kind": "bert", "model": config_lib.to_dict(config)})
     tensors = torch_keys.to_torch(params, entries)
     model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in tensors.items()})

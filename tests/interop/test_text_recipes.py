@@ -15,6 +15,7 @@ from iv2_jax.interop.torch_keys.chat import bridge_map
 from iv2_jax.interop.torch_keys.text import bert_map
 from iv2_jax.models.bridge import BridgeConfig
 from iv2_jax.models.text.bert import ZOO
+from tests.interop.family_cases import random_tree
 
 TARGET = ZOO["test_tiny_bert"]
 # Google's: no fusion layers, and heads of its own.
@@ -33,16 +34,10 @@ BRIDGE = BridgeConfig(
 )
 
 
-def _random(entries, seed):
-    rng = np.random.default_rng(seed)
-    abstract = torch_keys.abstract_params(entries)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract)
-
-
 @pytest.fixture
 def released():
     entries = bert_map(GOOGLES)
-    tensors = torch_keys.to_torch(_random(entries, 0), entries)
+    tensors = torch_keys.to_torch(random_tree(entries, 0), entries)
     return tensors | {
         "bert.pooler.dense.weight": np.zeros((2, 2), np.float32),
         "cls.seq_relationship.bias": np.zeros(2, np.float32),
@@ -56,7 +51,7 @@ def _torch(params, entries):
 @pytest.mark.parametrize("mlm_head", [True, False])
 def test_stage2_takes_everything_but_cross_attention(released, mlm_head):
     entries = bert_map(dataclasses.replace(TARGET, mlm_head=mlm_head))
-    fresh = _random(entries, 1)
+    fresh = random_tree(entries, 1)
     got = _torch(from_released_bert(released, entries, fresh), entries)
     own = _torch(fresh, entries)
     taken = 0
@@ -71,7 +66,7 @@ def test_stage2_takes_everything_but_cross_attention(released, mlm_head):
 
 def test_old_names_and_no_prefix(released):
     entries = bert_map(TARGET)
-    fresh = _random(entries, 1)
+    fresh = random_tree(entries, 1)
     old = {
         key.removeprefix("bert.")
         .replace("LayerNorm.weight", "LayerNorm.gamma")
@@ -89,7 +84,7 @@ def test_old_names_and_no_prefix(released):
 
 def test_q_former_copies_the_feed_forward_and_keeps_its_own_parts(released):
     entries = bridge_map(BRIDGE)
-    fresh = _random(entries, 1)
+    fresh = random_tree(entries, 1)
     got, own = (_torch(p, entries) for p in (from_released_bert(released, entries, fresh), fresh))
     layer = "bert.encoder.layer.1"
     for part in ("intermediate", "output"):
@@ -113,7 +108,7 @@ def test_q_former_copies_the_feed_forward_and_keeps_its_own_parts(released):
 
 def test_misfits_are_listed(released):
     entries = bert_map(TARGET)
-    fresh = _random(entries, 1)
+    fresh = random_tree(entries, 1)
     short = {key: value for key, value in released.items() if ".layer.2." not in key}
     with pytest.raises(CheckpointError, match=r"file\.bin does not fit the model:\n +16 missing"):
         from_released_bert(short, entries, fresh, source="file.bin")
@@ -122,6 +117,6 @@ def test_misfits_are_listed(released):
         from_released_bert(deep, entries, fresh)
     wide = bert_map(dataclasses.replace(TARGET, width=64))
     with pytest.raises(CheckpointError, match="model of another size"):
-        from_released_bert(released, wide, _random(wide, 1))
+        from_released_bert(released, wide, random_tree(wide, 1))
     with pytest.raises(CheckpointError, match="fresh parameters lack head/bias"):
         from_released_bert(released, entries, {k: v for k, v in fresh.items() if k != "head"})

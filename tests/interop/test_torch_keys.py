@@ -24,6 +24,7 @@ from iv2_jax.models.student import AlignmentConfig, StudentConfig
 from iv2_jax.models.teachers.internvl import INTERNVL_6B
 from iv2_jax.models.teachers.videomae import VideoMAEConfig, VideoMAETeacher
 from iv2_jax.models.video_encoder import EncoderConfig
+from tests.interop.family_cases import check_round_trip, random_tree
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "manifests"
 
@@ -110,26 +111,12 @@ def _students(draw):
     return StudentConfig(encoder, branch(True), branch(False), draw(st.integers(0, 5)), decoder)
 
 
-def _random(entries, seed=0, dtype=np.float32):
-    """Parameters whose values are all different."""
-    rng = np.random.default_rng(seed)
-    abstract = torch_keys.abstract_params(entries)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(dtype), abstract)
-
-
 @settings(max_examples=30, deadline=None)
 @given(config=_students())
 def test_round_trip_is_the_identity(config):
     entries = torch_keys.student_map(config)
-    params = _random(entries)
-    tensors = torch_keys.to_torch(params, entries)
-    assert {k: v.shape for k, v in tensors.items()} == torch_keys.torch_shapes(entries)
-    back = torch_keys.from_torch(tensors, entries)
-    jax.tree.map(np.testing.assert_array_equal, params, back)
-    again = torch_keys.to_torch(back, entries)
-    assert again.keys() == tensors.keys()
-    for key, tensor in tensors.items():
-        np.testing.assert_array_equal(again[key], tensor)
+    params = random_tree(entries)
+    check_round_trip(params, entries)
 
 
 def test_videomae_round_trip_and_paths():
@@ -137,7 +124,7 @@ def test_videomae_round_trip_and_paths():
         width=24, depth=2, num_heads=3, mlp_width=7, patch_size=4, image_size=8, num_frames=4
     )
     entries = torch_keys.videomae_map(config, key_prefix="encoder.")
-    params = _random(entries)
+    params = random_tree(entries)
     tensors = torch_keys.to_torch(params, entries)
     assert all(key.startswith("encoder.") for key in tensors)
     jax.tree.map(np.testing.assert_array_equal, params, torch_keys.from_torch(tensors, entries))
@@ -147,7 +134,7 @@ def test_videomae_round_trip_and_paths():
 
 def test_layouts_put_each_value_where_the_original_has_it():
     entries = torch_keys.encoder_map(TINY)
-    params = _random(entries)
+    params = random_tree(entries)
     tensors = torch_keys.to_torch(params, entries)
     qkv = params["blocks"]["attn"]["qkv"]
     # Rows are [q | k | v], each by head, then by feature of the head (spec stage1 2.4 and 8).
@@ -169,7 +156,7 @@ def test_layouts_put_each_value_where_the_original_has_it():
 
 def test_bfloat16_and_a_wanted_dtype():
     entries = torch_keys.encoder_map(TINY)
-    tensors = torch_keys.to_torch(_random(entries, dtype=jnp.bfloat16), entries)
+    tensors = torch_keys.to_torch(random_tree(entries, dtype=jnp.bfloat16), entries)
     assert tensors["cls_token"].dtype == jnp.bfloat16
     assert torch_keys.from_torch(tensors, entries)["cls_token"].dtype == jnp.bfloat16
     assert torch_keys.from_torch(tensors, entries, dtype=np.float32)["cls_token"].dtype == "float32"
@@ -188,7 +175,7 @@ def test_abstract_arrays_go_both_ways():
 def tiny():
     """Entries and a state dict that fits them."""
     entries = torch_keys.encoder_map(TINY)
-    return entries, torch_keys.to_torch(_random(entries), entries)
+    return entries, torch_keys.to_torch(random_tree(entries), entries)
 
 
 def test_missing_key(tiny):
@@ -249,7 +236,7 @@ def test_a_wanted_key_is_never_ignored(tiny):
 
 def test_our_own_parameters_are_checked_too(tiny):
     entries, _ = tiny
-    params = _random(entries)
+    params = random_tree(entries)
     params["blocks"]["norm3"] = params["blocks"].pop("norm2")
     params["cls_token"] = np.zeros((1, 32))
     with pytest.raises(CheckpointError) as error:
@@ -261,7 +248,7 @@ def test_our_own_parameters_are_checked_too(tiny):
 
 def test_boxed_parameters_are_unboxed(tiny):
     entries, tensors = tiny
-    boxed = _random(entries)
+    boxed = random_tree(entries)
     boxed["cls_token"] = nn.LogicallyPartitioned(boxed["cls_token"], (None, None, "embed"))
     got = torch_keys.to_torch(boxed, entries)
     np.testing.assert_array_equal(got["cls_token"], tensors["cls_token"])

@@ -138,7 +138,7 @@ def test_student_on_other_grids(grid, has_cls, hidden):
 
 
 def test_preprocessing_is_ours():
-    from iv2_jax.interop.export import preprocessing_spec
+    from iv2_jax.interop.preprocessing import video as preprocessing_spec
     from iv2_jax.pixels import normalize
 
     frames = np.random.default_rng(0).integers(0, 256, (1, 2, 3, 5, 3)).astype(np.uint8)

@@ -12,6 +12,7 @@ import pytest
 from iv2_jax.data.pipeline import make_loader
 from iv2_jax.data.targets import INDEX, Targets
 from iv2_jax.errors import ConfigError, DataError
+from iv2_jax.models.teachers import stored
 from iv2_jax.parallel.mesh import make_mesh
 from iv2_jax.train import loop
 from iv2_jax.train.program import build_program
@@ -82,7 +83,7 @@ def test_masks_follow_the_stored_saliency(manifest, tmp_path):
     outputs = live.make_stage().teach(live.make_stage().load_frozen(), batch["video"])
     expected = stage.saliency(outputs, 4)
     expected = expected / np.asarray(expected).mean((1, 2), keepdims=True)
-    found = stage.saliency(stage._stored_outputs(batch), 4)
+    found = stage.saliency(stored.unpack(batch, stage.teachers), 4)
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-6)
 
 

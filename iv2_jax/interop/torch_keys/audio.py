@@ -14,6 +14,7 @@ import numpy as np
 from iv2_jax.errors import CheckpointError
 from iv2_jax.interop.entries import Entry, Rule, build_entries, with_copies
 from iv2_jax.interop.tensor_file import TensorRef
+from iv2_jax.interop.torch_keys.rules import dense_rules, norm_rules
 
 if TYPE_CHECKING:
     from iv2_jax.models.audio.beats import BeatsConfig
@@ -58,7 +59,7 @@ def beats_map(config: BeatsConfig, *, path_prefix: str = "", key_prefix: str = "
         "R": config.num_buckets,
     }
     rules = [
-        *(_dense("patch_proj", "post_extract_proj", "C", "D") if _has_proj(config) else []),
+        *(dense_rules("patch_proj", "post_extract_proj", "C", "D") if _has_proj(config) else []),
         ("patch_embed/kernel", "patch_embedding.weight", "y x C -> C 1 y x"),
         *([("patch_embed/bias", "patch_embedding.bias", "C")] if config.patch_bias else []),
         ("pos_conv/bias", f"{_CONV}bias", "D"),
@@ -73,15 +74,15 @@ def beats_map(config: BeatsConfig, *, path_prefix: str = "", key_prefix: str = "
         *_heads("attn/q", "self_attn.q_proj"),
         ("attn/out/kernel", "self_attn.out_proj.weight", "h d D -> D (h d)"),
         ("attn/out/bias", "self_attn.out_proj.bias", "D"),
-        *_dense("attn/gate", "self_attn.grep_linear", "d", "g"),
-        *_norm("attn_norm", "self_attn_layer_norm", "D"),
-        *_dense("fc1", "fc1", "D", "M"),
-        *_dense("fc2", "fc2", "M", "D"),
-        *_norm("mlp_norm", "final_layer_norm", "D"),
+        *dense_rules("attn/gate", "self_attn.grep_linear", "d", "g"),
+        *norm_rules("attn_norm", "self_attn_layer_norm", "D"),
+        *dense_rules("fc1", "fc1", "D", "M"),
+        *dense_rules("fc2", "fc2", "M", "D"),
+        *norm_rules("mlp_norm", "final_layer_norm", "D"),
     ]
     rules += [(f"layers/{p}", f"encoder.layers.{{}}.{key}", layout) for p, key, layout in layer]
-    rules += _norm("norm", "encoder.layer_norm", "D")
-    rules += _norm("patch_norm", "layer_norm", "C")
+    rules += norm_rules("norm", "encoder.layer_norm", "D")
+    rules += norm_rules("patch_norm", "layer_norm", "C")
     entries = build_entries(rules, sizes, config.depth, path_prefix, key_prefix)
     others = [key_prefix + _RELATIVE_BIAS.format(i) for i in range(1, config.depth)]
     return with_copies(entries, {f"{path_prefix}relative_bias": others})
@@ -163,19 +164,6 @@ def _tap_norms(weight: Any) -> Any:
 
 def _has_proj(config: BeatsConfig) -> bool:
     return config.patch_width != config.width
-
-
-def _norm(path: str, key: str, axis: str) -> list[Rule]:
-    """Rules of a LayerNorm."""
-    return [(f"{path}/scale", f"{key}.weight", axis), (f"{path}/bias", f"{key}.bias", axis)]
-
-
-def _dense(path: str, key: str, inputs: str, outputs: str) -> list[Rule]:
-    """Rules of a linear map with bias."""
-    return [
-        (f"{path}/kernel", f"{key}.weight", f"{inputs} {outputs} -> {outputs} {inputs}"),
-        (f"{path}/bias", f"{key}.bias", outputs),
-    ]
 
 
 def _heads(path: str, key: str) -> list[Rule]:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 from iv2_jax.interop.entries import Entry, Rule, build_entries
 from iv2_jax.interop.torch_keys import llm as llm_keys
+from iv2_jax.interop.torch_keys.rules import dense_rules, norm_rules
 from iv2_jax.interop.torch_keys.text import (
-    dense_rules,
     layer_rules,
-    norm_rules,
     position_ids_entry,
 )
 from iv2_jax.interop.torch_keys.video import encoder_map

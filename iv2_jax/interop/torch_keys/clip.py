@@ -11,7 +11,7 @@ import numpy as np
 
 from iv2_jax.interop.entries import Entry, build_entries, constant_entry
 from iv2_jax.interop.torch_keys.llm import PeftNames, decoder_map
-from iv2_jax.interop.torch_keys.text import dense_rules, norm_rules
+from iv2_jax.interop.torch_keys.rules import dense_rules, norm_rules
 from iv2_jax.interop.torch_keys.video import encoder_map
 
 if TYPE_CHECKING:

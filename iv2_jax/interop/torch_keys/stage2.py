@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from iv2_jax.interop.entries import Entry, Rule, build_entries
 from iv2_jax.interop.torch_keys import audio, text
 from iv2_jax.interop.torch_keys.audio import beats_map
-from iv2_jax.interop.torch_keys.text import bert_map, dense_rules, norm_rules
+from iv2_jax.interop.torch_keys.rules import dense_rules, norm_rules
+from iv2_jax.interop.torch_keys.text import bert_map
 from iv2_jax.interop.torch_keys.video import student_map
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iv2_jax.interop.entries import Entry, Rule, build_entries, constant_entry, with_copies
+from iv2_jax.interop.torch_keys.rules import dense_rules, norm_rules
 
 if TYPE_CHECKING:
     from iv2_jax.models.text.bert import BertConfig
@@ -108,19 +109,6 @@ def layer_rules(path: str, *, cross_attention: bool = False, query_mlp: bool = F
     if query_mlp:
         rules += _mlp_rules(f"{path}/mlp_query", key, "_query")
     return rules
-
-
-def norm_rules(path: str, key: str, axis: str = "D") -> list[Rule]:
-    """Rules of a LayerNorm."""
-    return [(f"{path}/scale", f"{key}.weight", axis), (f"{path}/bias", f"{key}.bias", axis)]
-
-
-def dense_rules(path: str, key: str, inputs: str, outputs: str) -> list[Rule]:
-    """Rules of a linear map with bias."""
-    return [
-        (f"{path}/kernel", f"{key}.weight", f"{inputs} {outputs} -> {outputs} {inputs}"),
-        (f"{path}/bias", f"{key}.bias", outputs),
-    ]
 
 
 def _attention_rules(path: str, key: str, context: str) -> list[Rule]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from iv2_jax.interop.entries import Entry, Rule, build_entries
+from iv2_jax.interop.torch_keys.rules import dense_rules, norm_rules
 
 if TYPE_CHECKING:
     from iv2_jax.models.student import StudentConfig
@@ -57,8 +58,8 @@ def encoder_map(
         *([("attn/k_norm/scale", "attn.k_norm.weight", "D")] if config.qk_norm else []),
         ("ls1/gamma", "ls1.gamma", "D"),
         ("norm2/scale", "norm2.weight", "D"),
-        *_dense_rules("mlp/fc1", "mlp.fc1", "D", "M"),
-        *_dense_rules("mlp/fc2", "mlp.fc2", "M", "D"),
+        *dense_rules("mlp/fc1", "mlp.fc1", "D", "M"),
+        *dense_rules("mlp/fc2", "mlp.fc2", "M", "D"),
         ("ls2/gamma", "ls2.gamma", "D"),
     ]
     rules += [(f"blocks/{path}", f"blocks.{{}}.{key}", layout) for path, key, layout in block]
@@ -71,7 +72,7 @@ def _pool_rules() -> list[Rule]:
     """Rules of the attentive pool, the original's "clip_projector" (spec stage1 2.5)."""
     rules = []
     for name in "qkv":
-        rules += _norm_rules(f"pool/norm_{name}", f"clip_projector.norm1_{name}", "D")
+        rules += norm_rules(f"pool/norm_{name}", f"clip_projector.norm1_{name}", "D")
     for name in "qkv":
         key = f"clip_projector.cross_attn.{name}"
         rules += [
@@ -131,18 +132,18 @@ def videomae_map(config: VideoMAEConfig, *, key_prefix: str = "") -> list[Entry]
         ("patch_embed/bias", "patch_embed.proj.bias", "D"),
     ]
     block = [
-        *_norm_rules("norm1", "norm1", "D"),
+        *norm_rules("norm1", "norm1", "D"),
         ("attn/q_bias", "attn.q_bias", "h d -> (h d)"),
         ("attn/v_bias", "attn.v_bias", "h d -> (h d)"),
         ("attn/qkv/kernel", "attn.qkv.weight", "D s h d -> (s h d) D"),
         ("attn/proj/kernel", "attn.proj.weight", "h d D -> D (h d)"),
         ("attn/proj/bias", "attn.proj.bias", "D"),
-        *_norm_rules("norm2", "norm2", "D"),
-        *_dense_rules("mlp/fc1", "mlp.fc1", "D", "M"),
-        *_dense_rules("mlp/fc2", "mlp.fc2", "M", "D"),
+        *norm_rules("norm2", "norm2", "D"),
+        *dense_rules("mlp/fc1", "mlp.fc1", "D", "M"),
+        *dense_rules("mlp/fc2", "mlp.fc2", "M", "D"),
     ]
     rules += [(f"blocks/{path}", f"blocks.{{}}.{key}", layout) for path, key, layout in block]
-    rules += _norm_rules("norm", "norm", "D")
+    rules += norm_rules("norm", "norm", "D")
     return build_entries(rules, _trunk_sizes(config), config.depth, "", key_prefix)
 
 
@@ -191,24 +192,11 @@ def _position_rules(name: str, config: EncoderConfig, *, with_cls: bool) -> list
     return rules
 
 
-def _norm_rules(path: str, key: str, axis: str) -> list[Rule]:
-    """Rules of a LayerNorm."""
-    return [(f"{path}/scale", f"{key}.weight", axis), (f"{path}/bias", f"{key}.bias", axis)]
-
-
-def _dense_rules(path: str, key: str, inputs: str, outputs: str) -> list[Rule]:
-    """Rules of a linear layer with bias."""
-    return [
-        (f"{path}/kernel", f"{key}.weight", f"{inputs} {outputs} -> {outputs} {inputs}"),
-        (f"{path}/bias", f"{key}.bias", outputs),
-    ]
-
-
 def _decoder_rules(path: str, key: str, kind: str) -> list[Rule]:
     """Rules of an alignment decoder, `linear` or `mlp` (spec stage1 3.2)."""
     if kind == "linear":
-        dense = _dense_rules(f"{path}/fc", f"{key}.head", "D", "C")
+        dense = dense_rules(f"{path}/fc", f"{key}.head", "D", "C")
     else:
-        dense = _dense_rules(f"{path}/fc1", f"{key}.head.0", "D", "D'")
-        dense += _dense_rules(f"{path}/fc2", f"{key}.head.2", "D", "C")
-    return dense + _norm_rules(f"{path}/norm", f"{key}.norm", "C")
+        dense = dense_rules(f"{path}/fc1", f"{key}.head.0", "D", "D'")
+        dense += dense_rules(f"{path}/fc2", f"{key}.head.2", "D", "C")
+    return dense + norm_rules(f"{path}/norm", f"{key}.norm", "C")

@@ -17,7 +17,8 @@ from flax import linen as nn
 
 from iv2_jax.errors import ConfigError
 from iv2_jax.models.audio.beats_layers import Layer, PositionConv, relative_buckets, xavier
-from iv2_jax.models.block_stack import REMAT_POLICIES, resolve_layers, scan_blocks
+from iv2_jax.models.block_stack import resolve_layers, scan_blocks
+from iv2_jax.models.checks import require_rates, require_remat, require_sizes
 from iv2_jax.models.layers import LayerNorm, Linear, Precision, boxed
 
 
@@ -77,10 +78,7 @@ class BeatsConfig:
     precision: Precision = dataclasses.field(default_factory=Precision)
 
     def __post_init__(self) -> None:
-        for field in _SIZES:
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field}={value!r}: a whole number of at least 1 is needed")
+        require_sizes(self, _SIZES)
         for divisor in ("num_heads", "conv_groups"):
             if self.width % getattr(self, divisor):
                 raise ConfigError(
@@ -98,13 +96,10 @@ class BeatsConfig:
                 f"max_distance={self.max_distance} must exceed num_buckets / 4 = "
                 f"{self.num_buckets // 4}, up to which every distance has a bucket of its own"
             )
-        for field in ("dropout_rate", "attention_dropout_rate", "layer_drop"):
-            if not 0.0 <= getattr(self, field) < 1.0:
-                raise ConfigError(f"{field}={getattr(self, field)}: must be in [0, 1)")
+        require_rates(self, ("dropout_rate", "attention_dropout_rate", "layer_drop"))
         if not 0.0 < self.gradient_decay <= 1.0:
             raise ConfigError(f"gradient_decay={self.gradient_decay}: must be in (0, 1]")
-        if self.remat not in REMAT_POLICIES:
-            raise ConfigError(f"remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+        require_remat(self)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from iv2_jax.errors import ConfigError
-from iv2_jax.models.block_stack import REMAT_POLICIES, resolve_layers, scan_blocks
+from iv2_jax.models.block_stack import resolve_layers, scan_blocks
+from iv2_jax.models.checks import require_remat, require_sizes
 from iv2_jax.models.layers import LayerNorm, Linear, Precision, boxed
 from iv2_jax.models.text.bert_layers import (
     Embeddings,
     Layer,
     LayerConfig,
     cross_attention_bias,
-    require_sizes,
     self_attention_bias,
 )
 
@@ -78,15 +78,13 @@ class BertConfig:
                 f"fusion_layer={self.fusion_layer} is more than depth={self.depth}; equal to it "
                 "there are no fusion layers"
             )
-        if self.remat not in REMAT_POLICIES:
-            raise ConfigError(f"remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+        require_remat(self)
         self.layer  # noqa: B018 (checks the fields it is made of)
 
     @property
     def layer(self) -> LayerConfig:
         """Config of one layer."""
-        names = [field.name for field in dataclasses.fields(LayerConfig)]
-        return LayerConfig(**{name: getattr(self, name) for name in names})
+        return LayerConfig.of(self)
 
     @property
     def num_fusion_layers(self) -> int:

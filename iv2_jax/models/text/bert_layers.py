@@ -8,6 +8,7 @@ feed-forward of their own (spec stage2 3, stage3 2.2).
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax import linen as nn
 
 from iv2_jax.errors import ConfigError
 from iv2_jax.models.attention import dot_product_attention
+from iv2_jax.models.checks import require_rates, require_sizes
 from iv2_jax.models.layers import DropPath, LayerNorm, Linear, Precision, boxed, kernel_init
 from iv2_jax.models.text.output import embed_ids
 
@@ -54,19 +56,14 @@ class LayerConfig:
         require_sizes(self, ("width", "num_heads", "mlp_width", "context_width"))
         if self.width % self.num_heads:
             raise ConfigError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
-        for field in ("dropout_rate", "attention_dropout_rate"):
-            if not 0.0 <= getattr(self, field) < 1.0:
-                raise ConfigError(f"{field}={getattr(self, field)}: must be in [0, 1)")
+        require_rates(self, ("dropout_rate", "attention_dropout_rate"))
         if self.epsilon <= 0:
             raise ConfigError(f"epsilon={self.epsilon}: must be positive")
 
-
-def require_sizes(config: object, fields: tuple[str, ...]) -> None:
-    """Raises ConfigError unless every named field is a whole number of at least 1."""
-    for field in fields:
-        value = getattr(config, field)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{field}={value!r}: a whole number of at least 1 is needed")
+    @classmethod
+    def of(cls, config: Any) -> LayerConfig:
+        """The layer of a larger config that has all of these fields among its own."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
 
 def self_attention_bias(mask: jax.Array | None) -> jax.Array | None:

@@ -11,7 +11,8 @@ from flax import linen as nn
 
 from iv2_jax.errors import ConfigError
 from iv2_jax.models.attention import dot_product_attention
-from iv2_jax.models.block_stack import REMAT_POLICIES, resolve_layers, scan_blocks
+from iv2_jax.models.block_stack import resolve_layers, scan_blocks
+from iv2_jax.models.checks import require_remat
 from iv2_jax.models.layers import LayerNorm, Linear, Mlp, Precision, boxed, kernel_init
 from iv2_jax.models.positions import linear_weights
 from iv2_jax.models.text.output import TextOutput, embed_ids, pick_token
@@ -62,8 +63,7 @@ class MobileClipConfig:
         bad = [heads for heads in self.num_heads if heads < 1 or self.width % heads]
         if bad:
             raise ConfigError(f"num_heads: width={self.width} is not a multiple of {bad[0]}")
-        if self.remat not in REMAT_POLICIES:
-            raise ConfigError(f"remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+        require_remat(self)
 
     @property
     def depth(self) -> int:
