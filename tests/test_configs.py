@@ -38,13 +38,14 @@ def test_builds_abstractly(name):
     params = program.abstract_state.params
     if SHIPPED[name]:
         assert sum(x.size for x in jax.tree.leaves(params)) == SHIPPED[name]
-    state, metrics = jax.eval_shape(
-        program.train_step,
-        program.abstract_state,
-        stage.abstract_frozen(),
-        stage.abstract_batch(config.batch_size),
-        jax.random.key(0),
-    )
-    assert metrics["loss"].shape == ()
-    assert jax.tree.structure(state) == jax.tree.structure(program.abstract_state)
+    for batch in program.abstract_batches.values():
+        state, metrics = jax.eval_shape(
+            program.train_step,
+            program.abstract_state,
+            program.abstract_frozen,
+            batch,
+            jax.random.key(0),
+        )
+        assert metrics["loss"].shape == ()
+        assert jax.tree.structure(state) == jax.tree.structure(program.abstract_state)
     assert "parameters per device" in program.report

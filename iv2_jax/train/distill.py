@@ -85,6 +85,7 @@ class DistillConfig(RunConfig):
     """A stage-1 run.
 
     Attributes:
+      data: Training clips.
       student: The student with its alignment heads.
       clip_teacher: Teacher of the `clip` group and of the final feature; sees the student's frames.
       mae_teacher: Teacher of the `mae` group; sees every frame of the batch.
@@ -95,6 +96,7 @@ class DistillConfig(RunConfig):
         was made of (`data.fixed_view`).
     """
 
+    data: DataConfig
     student: StudentConfig
     clip_teacher: TeacherConfig | None = None
     mae_teacher: TeacherConfig | None = None
@@ -238,8 +240,8 @@ class DistillStage(Stage):
             t.weights_id: jax.eval_shape(t.init, jax.random.key(0)) for t in self.teachers.values()
         }
 
-    def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """See the module's docstring."""
+    def abstract_batches(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """One kind; see the module's docstring."""
         size, frames = self.config.student.encoder.image_size, self.config.data.num_frames
         batch = {"video": jax.ShapeDtypeStruct((batch_size, frames, size, size, 3), jnp.uint8)}
         if self._loader_masks:
@@ -248,7 +250,7 @@ class DistillStage(Stage):
         if self.config.teacher_features:
             outputs = jax.eval_shape(self.teach, self._abstract_teachers(), batch["video"])
             batch |= jax.eval_shape(stored.pack, outputs)
-        return batch
+        return {"": batch}
 
     @property
     def _loader_masks(self) -> bool:

@@ -25,14 +25,13 @@ from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
 from iv2_jax import config as config_lib
-from iv2_jax.errors import CheckpointError, ConfigError, nearest
-from iv2_jax.parallel import rules
+from iv2_jax.errors import ConfigError
 from iv2_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from iv2_jax.train import checkpoint as checkpoint_lib
-from iv2_jax.train import optim
 from iv2_jax.train.metrics import Clock, MetricWriter
-from iv2_jax.train.program import Program, build_program
+from iv2_jax.train.program import Program, build_program, put_frozen
 from iv2_jax.train.stage import RunConfig, Stage, config_class
+from iv2_jax.train.starting import starting_state
 from iv2_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ def _train(config: RunConfig, workdir: Path) -> Ending:
     program = build_program(config, stage, mesh)
     plain_config = config_lib.to_dict(config)
     checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
-    state = _starting_state(config, workdir, program, checkpointer, plain_config)
+    state = starting_state(config, workdir, stage, program, checkpointer, plain_config)
     first_step = int(state.step)
     if first_step >= config.steps:
         text = f"nothing to do: {workdir} is already at step {first_step} of {config.steps}"
@@ -97,9 +96,10 @@ def _train(config: RunConfig, workdir: Path) -> Ending:
         logger.info("\n%s", program.report)
 
     frozen = put_frozen(stage, mesh)
+    steps = program.compile_steps()
     key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
     writer = MetricWriter(workdir, config.steps, first_step, tensorboard=config.tensorboard)
-    loop = _Loop(config, stage, program, checkpointer, writer, frozen, key, plain_config)
+    loop = _Loop(config, stage, program, steps, checkpointer, writer, frozen, key, plain_config)
     try:
         with _stop_on_signal() as stop:
             reason, state = loop.run(state, stop)
@@ -119,6 +119,7 @@ class _Loop:
         config: RunConfig,
         stage: Stage,
         program: Program,
+        compiled: dict[str, jax.stages.Compiled],
         checkpointer: checkpoint_lib.Checkpointer,
         writer: MetricWriter,
         frozen: Any,
@@ -126,6 +127,7 @@ class _Loop:
         plain_config: dict[str, Any],
     ) -> None:
         self.config, self.stage, self.program = config, stage, program
+        self.compiled = compiled
         self.checkpointer, self.writer = checkpointer, writer
         self.frozen, self.key, self.plain_config = frozen, key, plain_config
         self.replaced = 0
@@ -158,7 +160,8 @@ class _Loop:
             self.replaced += int(np.sum(batch.get("replaced", 0)))
             arrays = to_device(batch, self.stage.host_arrays, self.program.mesh)
             with jax.transfer_guard("disallow"):
-                state, metrics = self.program.train_step(state, self.frozen, arrays, self.key)
+                train_step = self.compiled[batch.get("media", "")]
+                state, metrics = train_step(state, self.frozen, arrays, self.key)
             step += 1
             if pending and not self.report(*pending):
                 return "nan", state
@@ -217,6 +220,7 @@ class _Loop:
                     one = clu_metrics.Average(total=value * weight, count=np.float32(weight))
                     averages[name] = averages[name].merge(one) if name in averages else one
         values = {name: float(average.compute()) for name, average in averages.items()}
+        values |= self.stage.evaluate(state.params, self.frozen, self.program.mesh)
         if values:
             self.writer.write(int(state.step), values, kind="eval")
         return values
@@ -227,62 +231,6 @@ class _Loop:
         self.checkpointer.save(state, data, self.plain_config)
 
 
-def _starting_state(
-    config: RunConfig,
-    workdir: Path,
-    program: Program,
-    checkpointer: checkpoint_lib.Checkpointer,
-    plain_config: dict[str, Any],
-) -> TrainState:
-    """Resumed, initialised from a checkpoint, or fresh; says which."""
-    latest = checkpointer.latest_step()
-    if latest is not None:
-        if config.resume == "never":
-            raise CheckpointError(
-                f"{workdir} already holds a run at step {latest}, and resume is 'never'; "
-                "take another --workdir, or resume=auto to go on"
-            )
-        if config.resume != "force":
-            checkpoint_lib.check_same_run(checkpointer.saved_config(), plain_config, workdir)
-        state, data, _ = checkpointer.restore(program.abstract_state)
-        checkpointer.discard_after(int(state.step))
-        logger.info("resumed %s at step %d (data: %s)", workdir, int(state.step), data)
-        return state
-    with jax.transfer_guard("allow"):
-        state = program.init(jax.random.key(config.seed))
-    if config.init_from:
-        params, _ = checkpoint_lib.load_params(config.init_from)
-        params = fit_params(params, program.abstract_state.params, config.init_from)
-        ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
-        state = state.replace(params=params, ema=ema)
-        logger.info("step 0 with the weights of %s (init_from)", config.init_from)
-    else:
-        logger.info("step 0 with fresh weights, seed %d", config.seed)
-    return state
-
-
-def fit_params(params: Any, abstract: Any, source: str) -> Any:
-    """Puts host parameters onto the shardings of `abstract`, which they must match one to one.
-
-    Raises:
-      CheckpointError: Missing, unexpected or mis-shaped parameters; lists the first ten of each.
-    """
-    have = {optim.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
-    want = {optim.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(abstract)}
-    problems = [f"  missing: {n}{nearest(n, have)}" for n in sorted(want.keys() - have.keys())[:10]]
-    problems += [f"  unexpected: {n}" for n in sorted(have.keys() - want.keys())[:10]]
-    problems += [
-        f"  {n}: shape {have[n].shape}, expected {want[n].shape}"
-        for n in sorted(have.keys() & want.keys())
-        if tuple(have[n].shape) != tuple(want[n].shape)
-    ][:10]
-    if problems:
-        raise CheckpointError(f"weights of {source} do not fit this model:\n" + "\n".join(problems))
-    return jax.tree_util.tree_map_with_path(
-        lambda p, x: jax.device_put(have[optim.path_name(p)].astype(x.dtype), x.sharding), abstract
-    )
-
-
 def to_device(batch: Any, host_arrays: tuple[str, ...], mesh: Mesh) -> dict[str, jax.Array]:
     """Global device arrays from this process's rows of a batch."""
     sharding = batch_sharding(mesh)
@@ -291,13 +239,6 @@ def to_device(batch: Any, host_arrays: tuple[str, ...], mesh: Mesh) -> dict[str,
         for name, array in batch.items()
         if name not in host_arrays
     }
-
-
-def put_frozen(stage: Stage, mesh: Mesh) -> Any:
-    """Loads frozen weights onto the mesh, sharded by the same table as trained ones."""
-    boxed = stage.abstract_frozen()
-    tree, _ = rules.shardings(boxed, mesh)
-    return jax.tree.map(jax.device_put, stage.load_frozen(), tree)
 
 
 def _write_config(workdir: Path, plain_config: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ class OptimizerConfig:
       lr: Peak learning rate, per 256 clips of global batch if `scale_lr_by_batch`.
       min_lr: Learning rate at the end, scaled alike.
       warmup_lr: Learning rate of step 0, scaled alike. The original's stage 1 starts at 0.
+      schedule: `cosine` ends at `min_lr` (stage 1); `floored` is stages 2's and 3's: warm-up from 0
+        and cosine to 0, never below `min_lr` (spec stage2 8.2).
       warmup_steps: Steps from `warmup_lr` to `lr`, both ends included.
       scale_lr_by_batch: Multiply the three rates by batch_size / 256.
       b1: First-moment decay.
@@ -51,6 +53,8 @@ class OptimizerConfig:
         of numbers multiplies the slices of the leading axis, block by block in a stack (see
         `layer_decay`).
       freeze: Patterns of parameters that get no update and no optimizer state.
+      open: Patterns of parameters that are trained although `freeze` matches them: open parts of
+        frozen towers.
       ema_decay: Keep an exponential moving average of the parameters with this decay; 0 = none.
     """
 
@@ -58,6 +62,7 @@ class OptimizerConfig:
     min_lr: float = 1e-5
     warmup_lr: float = 0.0
     warmup_steps: int = 0
+    schedule: Literal["cosine", "floored"] = "cosine"
     scale_lr_by_batch: bool = True
     b1: float = 0.9
     b2: float = 0.98
@@ -67,6 +72,7 @@ class OptimizerConfig:
     decay: tuple[tuple[str, float], ...] = NO_DECAY
     lr_multipliers: tuple[tuple[str, Multiplier], ...] = ()
     freeze: tuple[str, ...] = ()
+    open: tuple[str, ...] = ()
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -107,6 +113,31 @@ def cosine_schedule(
     return schedule
 
 
+def floored_schedule(
+    peak: float, floor: float, total_steps: int, warmup_steps: int
+) -> Callable[[jax.Array | int], jax.Array]:
+    """Stage 2's schedule (spec stage2 8.2): linear from 0, cosine to 0, and a floor under both.
+
+    Args:
+      peak: Learning rate of step `warmup_steps`.
+      floor: Least learning rate; the original's is a hundredth of the peak, so step 0 has that.
+      total_steps: Steps of the run.
+      warmup_steps: Steps of the linear part.
+
+    Returns:
+      step -> float32 learning rate.
+    """
+    decay_steps = max(total_steps - warmup_steps, 1)
+
+    def schedule(step: jax.Array | int) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        warm = step / max(warmup_steps, 1)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * (step - warmup_steps) / decay_steps))
+        return jnp.maximum(peak * jnp.where(step < warmup_steps, warm, cosine), floor)
+
+    return schedule
+
+
 def learning_rate(
     config: OptimizerConfig, total_steps: int, batch_size: int
 ) -> Callable[[jax.Array | int], jax.Array]:
@@ -116,6 +147,9 @@ def learning_rate(
             f"optimizer.warmup_steps {config.warmup_steps} exceeds the run's {total_steps} steps"
         )
     scale = batch_size / 256 if config.scale_lr_by_batch else 1.0
+    if config.schedule == "floored":
+        rates = config.lr * scale, config.min_lr * scale
+        return floored_schedule(*rates, total_steps, config.warmup_steps)
     return cosine_schedule(
         config.lr * scale,
         config.min_lr * scale,
@@ -175,9 +209,10 @@ def match(params: Any, rules: tuple[tuple[str, Any], ...], default: Any, what: s
 
 
 def trainable(config: OptimizerConfig, params: Any) -> Any:
-    """A tree of bools: False where `config.freeze` matches."""
-    rules = tuple((pattern, 0.0) for pattern in config.freeze)
-    values = match(params, rules, 1.0, "optimizer.freeze")
+    """A tree of bools: False where `config.freeze` matches and `config.open` does not."""
+    rules = tuple((pattern, 1.0) for pattern in config.open)
+    rules += tuple((pattern, 0.0) for pattern in config.freeze)
+    values = match(params, rules, 1.0, "optimizer.open and optimizer.freeze")
     return jax.tree.map(bool, values)
 
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from clu import parameter_overview
 from flax.core import meta
 from jax.sharding import Mesh
 
 from iv2_jax.parallel import rules
-from iv2_jax.parallel.mesh import check_batch_size, replicated
+from iv2_jax.parallel.mesh import batch_sharding, check_batch_size, replicated
 from iv2_jax.train import checkpoint as checkpoint_lib
 from iv2_jax.train import optim
 from iv2_jax.train import state as state_lib
 from iv2_jax.train.stage import RunConfig, Stage
 from iv2_jax.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Program:
       train_step: (state, frozen, batch, key) -> (state, metrics); donates the state.
       eval_step: (params, frozen, batch, key) -> metrics.
       report: Tables of parameters, groups and sharding, to print.
+      abstract_frozen: Shapes, dtypes and shardings of the frozen weights.
+      abstract_batches: The same of the arrays of each kind of batch.
     """
 
     mesh: Mesh
@@ -40,6 +47,21 @@ class Program:
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., dict[str, jax.Array]]
     report: str
+    abstract_frozen: Any
+    abstract_batches: dict[str, dict[str, jax.ShapeDtypeStruct]]
+
+    def compile_steps(self) -> dict[str, jax.stages.Compiled]:
+        """The training step of each kind of batch, compiled; none is compiled in mid-run."""
+        key = jax.eval_shape(jax.random.key, 0)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self.mesh))
+        steps = {}
+        for kind, batch in self.abstract_batches.items():
+            start = time.monotonic()
+            lowered = self.train_step.lower(self.abstract_state, self.abstract_frozen, batch, key)
+            steps[kind] = lowered.compile()
+            named = f"the step of {kind}" if kind else "the step"
+            logger.info("compiled %s in %.1f s", named, time.monotonic() - start)
+        return steps
 
 
 def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
@@ -71,6 +93,10 @@ def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
         rng = jax.random.fold_in(key, state.step)
 
         def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            # Nothing is differentiated on the way to frozen parameters only.
+            params = jax.tree.map(
+                lambda p, keep: p if keep else jax.lax.stop_gradient(p), params, train_mask
+            )
             return loss_of(params, frozen, batch, rng, train=True)
 
         (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -81,8 +107,9 @@ def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
             "lr": schedule(state.step),
             "grad_norm": optax.tree.norm(trained),
         }
-        state = state_lib.apply_gradients(state, grads, tx, config.optimizer.ema_decay)
-        return state, metrics
+        return state_lib.apply_gradients(
+            state, grads, tx, config.optimizer.ema_decay, stage.project
+        ), metrics
 
     def eval_step(params: Any, frozen: Any, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
         loss, terms = loss_of(params, frozen, batch, key, train=False)
@@ -109,4 +136,30 @@ def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole)),
         eval_step=jax.jit(eval_step, out_shardings=whole),
         report=report,
+        abstract_frozen=_placed(*_frozen_shardings(stage, mesh)),
+        abstract_batches={
+            kind: _placed(arrays, jax.tree.map(lambda _: batch_sharding(mesh), arrays))
+            for kind, arrays in stage.abstract_batches(config.batch_size).items()
+        },
+    )
+
+
+def put_frozen(stage: Stage, mesh: Mesh) -> Any:
+    """Loads frozen weights onto the mesh, sharded by the same table as trained ones."""
+    _, shardings = _frozen_shardings(stage, mesh)
+    return jax.tree.map(jax.device_put, stage.load_frozen(), shardings)
+
+
+def _frozen_shardings(stage: Stage, mesh: Mesh) -> tuple[Any, Any]:
+    """Shapes of the frozen weights, and where they lie."""
+    boxed = stage.abstract_frozen()
+    return meta.unbox(boxed), rules.shardings(boxed, mesh)[0]
+
+
+def _placed(abstract: Any, shardings: Any) -> Any:
+    """Abstract arrays with their shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=s),
+        abstract,
+        shardings,
     )

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from iv2_jax.data.pipeline import DataConfig
 from iv2_jax.errors import ConfigError, nearest
@@ -23,18 +24,19 @@ Metrics = dict[str, jax.Array]
 # stage name -> module:class of its run config. A new stage is one file and one line here.
 STAGES = {
     "distill": "iv2_jax.train.distill:DistillConfig",
+    "align": "iv2_jax.train.align_config:AlignConfig",
+    "clip": "iv2_jax.train.clip:ClipTrainConfig",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(abc.ABC):
-    """Fields of every run; each stage adds its models and losses in a subclass.
+    """Fields of every run; each stage adds its data, models and losses in a subclass.
 
     Attributes:
       stage: Name in `STAGES`.
       steps: Optimizer steps of the whole run.
       batch_size: Clips per step over all devices and hosts.
-      data: Training clips.
       eval_data: Held-out clips, or None for no evaluation in the loop.
       seed: Of initialisation, data order, masks and drop path.
       optimizer: Rates and parameter groups.
@@ -53,7 +55,6 @@ class RunConfig(abc.ABC):
     stage: str
     steps: int
     batch_size: int
-    data: DataConfig
     eval_data: DataConfig | None = None
     seed: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -84,7 +85,7 @@ class Stage(abc.ABC):
     """A stage: its parameters, its frozen models and its loss; everything else is the loop's."""
 
     # Batch arrays that stay on the host (bookkeeping); the rest goes to the devices.
-    host_arrays: ClassVar[tuple[str, ...]] = ("index", "replaced", "valid")
+    host_arrays: ClassVar[tuple[str, ...]] = ("index", "replaced", "valid", "media")
 
     @abc.abstractmethod
     def init_params(self, rng: jax.Array) -> Any:
@@ -102,15 +103,36 @@ class Stage(abc.ABC):
     def abstract_frozen(self) -> Any:
         """Shapes of `load_frozen`, without reading anything."""
 
+    def starting_params(self) -> Any:
+        """Host arrays laid over the fresh parameters at step 0: a part of their tree.
+
+        Raises:
+          UserError: A weight file is missing or does not fit.
+        """
+        return {}
+
     @abc.abstractmethod
-    def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the device arrays of a batch."""
+    def abstract_batches(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """Shapes of the device arrays of each kind of batch, by kind.
+
+        A batch names its kind in `media`; a stage with one kind calls it "". Each kind has a step
+        of its own, compiled before the first.
+        """
 
     @abc.abstractmethod
     def loss_fn(
         self, params: Any, frozen: Any, batch: Batch, rng: jax.Array, *, train: bool
     ) -> tuple[jax.Array, Metrics]:
         """Scalar loss and scalar metrics of a global batch; pure."""
+
+    def project(self, params: Any) -> Any:
+        """Brings updated parameters back to where they may be; traced in the step."""
+        return params
+
+    def evaluate(self, params: Any, frozen: Any, mesh: Mesh) -> dict[str, float]:
+        """Figures of an evaluation beside the mean loss terms; {} when there are none."""
+        del params, frozen, mesh
+        return {}
 
     @abc.abstractmethod
     def tokens_per_clip(self) -> int:

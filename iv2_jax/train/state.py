@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -62,11 +63,15 @@ def state_shardings(abstract: TrainState, param_shardings: Any, mesh: Mesh) -> T
 
 
 def apply_gradients(
-    state: TrainState, grads: Any, tx: optax.GradientTransformation, ema_decay: float
+    state: TrainState,
+    grads: Any,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+    project: Callable[[Any], Any] = lambda params: params,
 ) -> TrainState:
-    """One optimizer step."""
+    """One optimizer step; `project` brings the parameters back to where they may be."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = project(optax.apply_updates(state.params, updates))
     ema = state.ema
     if ema is not None:
         ema = jax.tree.map(lambda a, p: a * ema_decay + p * (1 - ema_decay), ema, params)

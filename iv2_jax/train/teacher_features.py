@@ -19,7 +19,8 @@ from iv2_jax.errors import ConfigError
 from iv2_jax.models.teachers import stored
 from iv2_jax.parallel.mesh import make_mesh
 from iv2_jax.train.distill import DistillConfig, DistillStage
-from iv2_jax.train.loop import put_frozen, to_device
+from iv2_jax.train.loop import to_device
+from iv2_jax.train.program import put_frozen
 
 
 def write_teacher_features(

@@ -15,7 +15,7 @@ from iv2_jax.errors import ConfigError
 from iv2_jax.models.masking import mask_to_visible
 from iv2_jax.parallel.mesh import make_mesh
 from iv2_jax.train import loop
-from iv2_jax.train.program import build_program
+from iv2_jax.train.program import build_program, put_frozen
 from tests.train import tiny
 
 
@@ -35,7 +35,7 @@ def run_steps(config, steps=3):
     stage = config.make_stage()
     program = build_program(config, stage, make_mesh(config.mesh))
     state = program.init(jax.random.key(0))
-    frozen = loop.put_frozen(stage, program.mesh)
+    frozen = put_frozen(stage, program.mesh)
     batch = loop.to_device({"video": clips(config.batch_size)}, (), program.mesh)
     key = jax.random.key(1)
     losses = []
@@ -137,7 +137,7 @@ def test_loader_masks_are_used():
         batch = {"video": clips(2), "visible": visible}
         return stage.loss_fn(params, stage.load_frozen(), batch, jax.random.key(0), train=False)[0]
 
-    assert stage.abstract_batch(2)["visible"].shape == draw(0).shape
+    assert stage.abstract_batches(2)[""]["visible"].shape == draw(0).shape
     assert float(loss(draw(0))) != float(loss(draw(1)))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from iv2_jax.errors import CheckpointError, ConfigError
 from iv2_jax.train import checkpoint as checkpoint_lib
-from iv2_jax.train import loop
+from iv2_jax.train import loop, optim, starting
 from iv2_jax.train.metrics import read_metrics
 from tests.train import toy
 
@@ -185,3 +185,39 @@ def test_pattern_that_matches_nothing(tmp_path):
 def test_batch_that_does_not_divide_names_one_that_does(tmp_path):
     with pytest.raises(ConfigError, match="batch_size 6 does not divide over 8 batch shards"):
         loop.train(toy.config(batch_size=6, mesh={}), tmp_path)
+
+
+def test_open_parts_of_frozen_parameters_are_trained(tmp_path):
+    optimizer = {
+        "lr": 0.05,
+        "scale_lr_by_batch": False,
+        "freeze": ["dense/.*"],
+        "open": ["dense/bias"],
+    }
+    config = toy.config(optimizer=optimizer)
+    loop.train(config, tmp_path)
+    start = config.make_stage().init_params(jax.random.key(0))
+    params, _ = checkpoint_lib.load_params(tmp_path)
+    kernel = start["dense"]["kernel"].unbox()
+    np.testing.assert_allclose(params["dense"]["kernel"], kernel, rtol=1e-6)
+    assert not np.array_equal(params["dense"]["bias"], np.zeros(16))
+
+
+def test_floored_schedule_is_stage_two_s():
+    peak, total, warm = 5e-5, 50, 7
+    schedule = optim.floored_schedule(peak, peak / 100, total, warm)
+    for step in range(total + 1):
+        linear, cosine = step / warm, 0.5 * (1 + np.cos(np.pi * (step - warm) / (total - warm)))
+        want = peak * max(0.01, linear if step < warm else cosine)
+        assert float(schedule(step)) == pytest.approx(want, rel=1e-5)
+
+
+def test_starting_weights_are_checked(tmp_path):
+    params = {"dense": {"kernel": jax.numpy.zeros((2, 3)), "bias": jax.numpy.zeros(3)}}
+    laid = starting.lay_over(params, {"dense": {"bias": np.ones(3)}})
+    assert np.array_equal(laid["dense"]["bias"], np.ones(3))
+    assert laid["dense"]["kernel"] is params["dense"]["kernel"]
+    with pytest.raises(CheckpointError, match="no parameter 'dense/bais'; did you mean"):
+        starting.lay_over(params, {"dense": {"bais": np.ones(3)}})
+    with pytest.raises(CheckpointError, match=r"dense/bias has shape \(4,\)"):
+        starting.lay_over(params, {"dense": {"bias": np.ones(4)}})

@@ -15,7 +15,7 @@ from iv2_jax.errors import ConfigError, DataError
 from iv2_jax.models.teachers import stored
 from iv2_jax.parallel.mesh import make_mesh
 from iv2_jax.train import loop
-from iv2_jax.train.program import build_program
+from iv2_jax.train.program import build_program, put_frozen
 from iv2_jax.train.teacher_features import write_teacher_features
 from tests.data import clips
 from tests.train import tiny
@@ -50,12 +50,12 @@ def losses(config, steps=3):
     stage = config.make_stage()
     program = build_program(config, stage, make_mesh(config.mesh))
     state = program.init(jax.random.key(0))
-    frozen = loop.put_frozen(stage, program.mesh)
+    frozen = put_frozen(stage, program.mesh)
     found = []
     batches = stage.train_batches(0)
     for _ in range(steps):
         batch = loop.to_device(next(batches), stage.host_arrays, program.mesh)
-        assert set(batch) == set(stage.abstract_batch(4))
+        assert set(batch) == set(stage.abstract_batches(4)[""])
         state, metrics = program.train_step(state, frozen, batch, jax.random.key(1))
         found.append(jax.device_get(metrics))
     batches.close()

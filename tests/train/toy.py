@@ -47,8 +47,8 @@ class ToyStage(Stage):
     def abstract_frozen(self):
         return {}
 
-    def abstract_batch(self, batch_size):
-        return {"x": jax.ShapeDtypeStruct((batch_size, self.config.width), jnp.float32)}
+    def abstract_batches(self, batch_size):
+        return {"": {"x": jax.ShapeDtypeStruct((batch_size, self.config.width), jnp.float32)}}
 
     def tokens_per_clip(self):
         return 1
@@ -84,7 +84,6 @@ def config(**fields) -> ToyConfig:
         "stage": "toy",
         "steps": 12,
         "batch_size": 8,
-        "data": {"source": "unused"},
         "optimizer": {"lr": 0.05, "warmup_steps": 2, "scale_lr_by_batch": False},
         "checkpoint": {"every": 4},
         "tensorboard": False,

@@ -205,7 +205,7 @@ class Bert(nn.Module):
         self,
         hidden: jax.Array,
         mask: jax.Array | None,
-        context: jax.Array,
+        context: jax.Array | None,
         context_mask: jax.Array | None = None,
         *,
         train: bool = False,
@@ -215,7 +215,8 @@ class Bert(nn.Module):
         Args:
             hidden: `(B, L, width)`.
             mask: `(B, L)` mask of the text, as for `encode_text`.
-            context: `(B, M, context_width)` video or audio tokens.
+            context: `(B, M, context_width)` video or audio tokens; None for text alone, which
+                leaves cross-attention out.
             context_mask: `(B, M)`, 1 = token; None for all (what the original always does).
             train: turns dropout on (rng stream `dropout`).
 
@@ -230,7 +231,9 @@ class Bert(nn.Module):
             raise ConfigError(
                 f"fusion_layer={c.fusion_layer} equals depth: this model has no fusion layers"
             )
-        if context.ndim != 3 or context.shape[-1] != c.context_width:
+        if context is not None and (
+            context.ndim != 3 or context.shape[-1] != c.context_width
+        ):
             raise ConfigError(
                 f"context has shape {tuple(context.shape)}; context_width={c.context_width} "
                 f"needs (B, M, {c.context_width})"

@@ -289,7 +289,7 @@ class Layer(nn.Module):
         Args:
             x: `(B, N, width)`.
             bias: added to the scores of self-attention, see `self_attention_bias`.
-            context: `(B, M, context_width)`, needed with cross-attention.
+            context: `(B, M, context_width)`; None leaves cross-attention out, for text alone.
             context_bias: added to the scores of cross-attention, see `cross_attention_bias`.
             num_queries: with `query_mlp`, how many of the first tokens are queries.
             drop_path: probability of dropping a branch of a sample, drawn for each branch (rng
@@ -300,14 +300,15 @@ class Layer(nn.Module):
             `(B, N, width)`.
 
         Raises:
-            ConfigError: the layer has cross-attention and no context is given.
+            ConfigError: queries have no context to read.
         """
-        if self.cross_attention and context is None:
+        if self.cross_attention and context is None and (self.query_mlp or self.is_initializing()):
             raise ConfigError("a layer with cross-attention needs context tokens")
+        reads = self.cross_attention and context is not None
         common = {"drop_path": drop_path, "train": train}
         x = self.attn(x, bias=bias, **common)
         if not self.query_mlp:
-            if self.cross_attention:
+            if reads:
                 x = self.cross_attn(x, context, bias=context_bias, **common)
             return self.mlp(x, **common)
         queries, text = x[:, :num_queries], x[:, num_queries:]
