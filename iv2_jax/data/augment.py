@@ -3,7 +3,7 @@
 Stage-1 training (spec stage1 7.3): multi-scale crop, Pillow BILINEAR resize, flip. Evaluation
 (7.5): resize of the short side as OpenCV's INTER_LINEAR does it (half-pixel centres, no
 antialiasing, the same fixed-point arithmetic), then centre crop or crops along the longer side.
-Normalisation is done on the device.
+Normalisation is done on the device. Stage 2 has its own rules: `augment_stage2`.
 """
 
 from __future__ import annotations

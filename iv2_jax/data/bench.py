@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from iv2_jax.data import augment, pipeline, rows, sampling
+from iv2_jax.data import augment, pipeline, rows
 from iv2_jax.data.decode import DecodeError
 from iv2_jax.data.sources import ClipSource
 
@@ -56,7 +56,6 @@ def measure_split(source: ClipSource, config: pipeline.DataConfig, clips: int) -
       clips: how many to time, from the first on, repeating a short list.
     """
     times: list[tuple[float, float, float]] = []
-    train, evaluate = sampling.rule(config.sampling, stride=config.stride)
     for i in range(clips):
         rng = rows.row_rng(0, i)
         begin = time.perf_counter()
@@ -67,6 +66,7 @@ def measure_split(source: ClipSource, config: pipeline.DataConfig, clips: int) -
         try:
             available = len(clip)
             opened = time.perf_counter()
+            train, evaluate = rows.sampling_rule(clip, config)
             if config.eval:
                 chosen = evaluate(available, config.num_frames, 0, 1)
             else:

@@ -51,7 +51,8 @@ def _add_list_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         default="auto",
-        help="jsonl, json, pretrain, kinetics, frames or interval (default: told by content)",
+        help="jsonl, json, annotations, pretrain, kinetics, frames or interval (default: told by "
+        "content)",
     )
     parser.add_argument("--prefix", default="", help="folder or URL of relative paths")
     parser.add_argument("--separator", help="column separator of text lists")
@@ -210,6 +211,8 @@ def _build(args: argparse.Namespace) -> int:
         report = packed.build(clips, args.folder, options, progress=bar.update)
     for path, reason in report.left_out:
         print(f"left out: {path}: {reason}", file=sys.stderr)
+    for path, reason in report.sounds_left_out:
+        print(f"sound left out: {path}: {reason}", file=sys.stderr)
     shards = ", ".join(f"{split} {count}" for split, count in report.shards.items())
     print(
         f"{args.folder}: {report.clips} of {len(clips)} clips, {report.bytes / 1e6:.1f} MB, "

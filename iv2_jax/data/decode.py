@@ -83,8 +83,6 @@ class VideoReader:
         self._threads, self._thread_type = threads, thread_type
         self._table_cache: packets.PacketTable | None = None
         self._rgb = av.video.reformatter.VideoReformatter()
-        if _size_of(self._source, self.name) == 0:
-            raise DecodeError(self.name, "is empty (zero bytes)")
         self._container, self._stream = self._open()
         self._may_skip = threads == 1 and self._codec.name in _SKIPPABLE_CODECS
 
@@ -192,11 +190,7 @@ class VideoReader:
 
     def _open(self) -> tuple[av.container.InputContainer, av.VideoStream]:
         """Opens the file at its beginning and picks the stream."""
-        source = io.BytesIO(self._source) if isinstance(self._source, bytes) else self._source
-        try:
-            container = av.open(source, metadata_errors="ignore")
-        except (av.error.FFmpegError, OSError, ValueError) as e:
-            raise DecodeError(self.name, f"cannot be opened: {packets.reason(e)}") from e
+        container = open_container(self._source, self.name)
         try:
             stream = _pick_stream(container, self.name)
             stream.thread_type = self._thread_type
@@ -364,10 +358,10 @@ class VideoReader:
 
 @contextlib.contextmanager
 def _named_errors(name: str) -> Iterator[None]:
-    """Gives FFmpeg's errors the name of the file."""
+    """Gives errors of reading and decoding the name of the file."""
     try:
         yield
-    except av.error.FFmpegError as e:
+    except packets.READ_ERRORS as e:
         raise DecodeError(name, f"cannot be decoded: {packets.reason(e)}") from e
 
 
@@ -380,7 +374,25 @@ def _may_lack(frames: int) -> int:
     return max(_TAIL, frames // 50)
 
 
-def _pick_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
+def open_container(
+    source: str | os.PathLike[str] | bytes, name: str
+) -> av.container.InputContainer:
+    """Opens a file, given by its path or its bytes, at its beginning.
+
+    Raises:
+      DecodeError: it is missing, empty, a folder, or of no format that FFmpeg knows.
+    """
+    source = source if isinstance(source, bytes) else os.fspath(source)
+    if _size_of(source, name) == 0:
+        raise DecodeError(name, "is empty (zero bytes)")
+    try:
+        given = io.BytesIO(source) if isinstance(source, bytes) else source
+        return av.open(given, metadata_errors="ignore")
+    except (av.error.FFmpegError, OSError, ValueError) as e:
+        raise DecodeError(name, f"cannot be opened: {packets.reason(e)}") from e
+
+
+def largest_picture(container: av.container.InputContainer) -> av.VideoStream | None:
     """The decodable video stream with the largest picture; cover art does not count."""
     attached = av.stream.Disposition.attached_pic
     streams = [
@@ -388,11 +400,16 @@ def _pick_stream(container: av.container.InputContainer, name: str) -> av.VideoS
         for s in container.streams.video
         if s.codec_context is not None and not s.disposition & attached
     ]
-    if not streams:
+    return max(streams, key=lambda s: (s.width * s.height, -s.index), default=None)
+
+
+def _pick_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
+    """The stream of `largest_picture`, and no other read any more."""
+    best = largest_picture(container)
+    if best is None:
         kinds = {s.type for s in container.streams if s.type and s.type != "video"}
         other = ", ".join(sorted(kinds)) or "nothing else"
         raise DecodeError(name, f"has no video stream (it has: {other})")
-    best = max(streams, key=lambda s: (s.width * s.height, -s.index))
     for stream in container.streams:
         if stream.index != best.index:
             stream.discard = av.stream.Discard.all
@@ -404,7 +421,7 @@ def _size_of(source: str | bytes, name: str) -> int:
     if isinstance(source, bytes):
         return len(source)
     if os.path.isdir(source):
-        raise DecodeError(name, "is a folder, not a video")
+        raise DecodeError(name, "is a folder, not a file")
     try:
         return os.stat(source).st_size
     except FileNotFoundError as e:

@@ -18,6 +18,8 @@ FRAME_LENGTH = 400  # samples, 25 ms
 FRAME_SHIFT = 160  # samples, 10 ms
 FFT_LENGTH = 512  # the frame, zero-padded to a power of two
 NUM_MELS = 64  # the released loader's; the audio encoder's own front end has 128
+PADS = ("features", "waveform")  # what is filled up when a clip is too short
+CLIP_SECONDS = 10.0
 CLIP_SAMPLES = 10 * SAMPLE_RATE
 CLIP_FRAMES = 1 + (CLIP_SAMPLES - FRAME_LENGTH) // FRAME_SHIFT  # 998
 
@@ -93,38 +95,56 @@ def normalize(energies: np.ndarray) -> np.ndarray:
     return ((energies - MEAN) / SCALE).astype(np.float32)
 
 
+def clip_samples(seconds: float) -> int:
+    """Samples of a clip of so many seconds.
+
+    Raises:
+        ConfigError: not even one window fits into it.
+    """
+    if not np.isfinite(seconds) or round(seconds * SAMPLE_RATE) < FRAME_LENGTH:
+        least = FRAME_LENGTH / SAMPLE_RATE
+        raise ConfigError(f"audio.seconds={seconds}: at least one window of {least} s is needed")
+    return round(seconds * SAMPLE_RATE)
+
+
 def clip_features(
-    waveform: np.ndarray | None, *, pad: str = "features", num_mels: int = NUM_MELS
+    waveform: np.ndarray | None,
+    *,
+    pad: str = "features",
+    num_mels: int = NUM_MELS,
+    seconds: float = CLIP_SECONDS,
 ) -> np.ndarray:
-    """Features of one clip, always the 998 frames of ten seconds.
+    """Features of one clip, always the frames of `seconds` (998 for ten).
 
     The released loaders pad in two ways (spec stage2 5.1): an audio file's waveform is padded
     with silence, whose features are about -2.39; the features of a video's sound track are padded
-    with zeros, and a video without sound is all zeros. Longer audio is cut at ten seconds.
+    with zeros, and a video without sound is all zeros. Longer audio is cut at its end.
 
     Args:
         waveform: `(samples,)` in [-1, 1], mono, 16 kHz; None where there is no sound.
         pad: 'waveform' (audio files) or 'features' (sound tracks of videos).
         num_mels: number of mel bins.
+        seconds: length of the clip.
 
     Returns:
-        `(998, num_mels)` float32.
+        `(frames, num_mels)` float32.
 
     Raises:
-        ConfigError: `pad` is neither.
+        ConfigError: `pad` is neither, or `seconds` is below one window.
         DataError: the waveform is not one channel.
     """
-    if pad not in ("waveform", "features"):
+    if pad not in PADS:
         raise ConfigError(f"pad={pad!r}: choose 'waveform' or 'features'")
-    out = np.zeros((CLIP_FRAMES, num_mels), np.float32)
+    samples = clip_samples(seconds)
+    out = np.zeros((num_frames(samples), num_mels), np.float32)
     if waveform is None:
         return out
     waveform = np.asarray(waveform)
     if waveform.ndim != 1:
         raise DataError(f"audio of shape {waveform.shape}: mix it to one channel, (samples,)")
-    waveform = waveform[:CLIP_SAMPLES]
+    waveform = waveform[:samples]
     if pad == "waveform":
-        return fbank(np.pad(waveform, (0, CLIP_SAMPLES - len(waveform))), num_mels)
+        return fbank(np.pad(waveform, (0, samples - len(waveform))), num_mels)
     if len(waveform) >= FRAME_LENGTH:
         features = fbank(waveform, num_mels)
         out[: len(features)] = features

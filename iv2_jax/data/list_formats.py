@@ -152,10 +152,10 @@ def detect(text: str, name: str | os.PathLike[str]) -> str:
         return fitting[0]
     found = f"fits {' and '.join(fitting)}" if fitting else "fits no known list format"
     first = text.strip().splitlines()[0][:80]
+    known = ", ".join(("jsonl", "json", "annotations", *FORMATS))
     raise DataError(
-        f"{name}: cannot tell the format: {first!r} {found}; pass format= one of "
-        f"{', '.join(('jsonl', 'json', *FORMATS))} and, if it is not space, comma or tab, the "
-        "separator"
+        f"{name}: cannot tell the format: {first!r} {found}; pass format= one of {known} and, if "
+        "it is not space, comma or tab, the separator"
     )
 
 

@@ -1,15 +1,18 @@
 """Clip records and the manifests that list them.
 
-A manifest says which clips exist and what is known about each. Three families are read into the
+A manifest says which clips exist and what is known about each. Four families are read into the
 same `Clip` record:
 
 * **jsonl**: our own, one JSON object a line. `path` is required; `id`, `start`, `end` (seconds),
   `captions` ({modality: text or list of texts}, or a text or list meaning modality `video`),
   `label` or `labels` ({name: text or int}), `qa` ([[question, answer], …] or
-  [{question, answer}, …]), `split`, `group` and `audio` are optional. Other keys are ignored,
-  unless they look like a misspelling of one of these.
+  [{question, answer}, …]), `split`, `group`, `audio` (whether there is sound), `sound` (a file of
+  its own), `crop`, `options` and `answers` are optional. `path` may be missing where there are
+  captions: text alone. Other keys are ignored, unless they look like a misspelling of one.
 * **json**: a list of such objects; `file`, `topic`, `action` and `transcript` are understood too
   (`topic` and `action` become labels, `transcript` a `speech` caption).
+* **annotations**: the released code's JSON lists of pictures, videos and sound with captions,
+  options and questions (see `annotations`), also one object a line.
 * the text lists of the released code (see `list_formats`).
 
 Relative paths are looked up under `prefix` when it is given, else in the manifest's folder, else
@@ -18,6 +21,7 @@ in that folder's parent.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -26,11 +30,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from iv2_jax.data import list_formats
+from iv2_jax.data import annotations, list_formats
 from iv2_jax.data.records import Clip, FieldError, Problem, clip_from_object
 from iv2_jax.errors import DataError, nearest
 
-FORMATS = ("auto", "jsonl", "json", *list_formats.FORMATS)
+FORMATS = ("auto", "jsonl", "json", "annotations", *list_formats.FORMATS)
 
 __all__ = ["FORMATS", "Clip", "Problem", "iter_clips", "read_clips", "select_split"]
 
@@ -100,9 +104,11 @@ def iter_clips(
     text = _read_text(path)
     if format == "auto":
         format = _detect(text, path)
-    if format in ("jsonl", "json"):
-        objects = _json_lines(text) if format == "jsonl" else _json_list(text)
-        records = (_parse_object(line, item) for line, item in objects)
+    if format in ("jsonl", "json", "annotations"):
+        in_lines = format == "jsonl" or (format == "annotations" and text.lstrip()[:1] == "{")
+        objects = _json_lines(text) if in_lines else _json_list(text)
+        parse = annotations.clip_from_annotation if format == "annotations" else clip_from_object
+        records = (_parse_object(line, item, parse) for line, item in objects)
     else:
         records = (
             (line, item if isinstance(item, Exception) else _from_row(item))
@@ -127,14 +133,16 @@ def _read_text(path: str | os.PathLike[str]) -> str:
 
 
 def _detect(text: str, path: str | os.PathLike[str]) -> str:
-    """Tells the format by the first character, else by the columns."""
+    """Tells the format by the first record, else by the columns."""
     head = text.lstrip()[:1]
     if not head:
         raise DataError(f"{path}: the list is empty; it needs at least one clip")
-    if head == "[":
-        return "json"
-    if head == "{":
-        return "jsonl"
+    if head in "[{":
+        objects = _json_list(text) if head == "[" else _json_lines(text)
+        first = next((item for _, item in objects if not isinstance(item, Exception)), None)
+        if annotations.looks_like(first):
+            return "annotations"
+        return "json" if head == "[" else "jsonl"
     return list_formats.detect(text, path)
 
 
@@ -183,12 +191,14 @@ def _json_list(text: str) -> Iterator[tuple[int, Any]]:
         yield line, FieldError("", "not JSON: text after the end of the list")
 
 
-def _parse_object(line: int, item: Any) -> tuple[int, Clip | Exception]:
+def _parse_object(
+    line: int, item: Any, parse: Callable[[Any], Clip]
+) -> tuple[int, Clip | Exception]:
     """Turns one JSON object into a clip, or into the error that says what is wrong with it."""
     if isinstance(item, Exception):
         return line, item
     try:
-        return line, clip_from_object(item)
+        return line, parse(item)
     except FieldError as e:
         return line, e
 
@@ -212,21 +222,25 @@ def _finish(
     resolve: Callable[[str], str] | None = None
     waiting: list[tuple[int, Clip | Exception]] = []
     seen: dict[str, int] = {}
+    copies: collections.Counter[str] = collections.Counter()
     for record in records:
         if resolve is not None:
-            yield _complete(record, resolve, seen)
+            yield _complete(record, resolve, seen, copies)
             continue
         waiting.append(record)
         if len(waiting) >= _PROBED_PATHS:
             resolve = _resolver(waiting, manifest, prefix)
-            yield from (_complete(r, resolve, seen) for r in waiting)
+            yield from (_complete(r, resolve, seen, copies) for r in waiting)
     if resolve is None:
         resolve = _resolver(waiting, manifest, prefix)
-        yield from (_complete(r, resolve, seen) for r in waiting)
+        yield from (_complete(r, resolve, seen, copies) for r in waiting)
 
 
 def _complete(
-    record: tuple[int, Clip | Exception], resolve: Callable[[str], str], seen: dict[str, int]
+    record: tuple[int, Clip | Exception],
+    resolve: Callable[[str], str],
+    seen: dict[str, int],
+    copies: collections.Counter[str],
 ) -> tuple[int, Clip] | Problem:
     """One finished record."""
     line, clip = record
@@ -235,16 +249,18 @@ def _complete(
         return Problem(line, field, message)
     name = clip.id
     if not name:
-        name = clip.path
+        name = clip.path or "text"
         if clip.start is not None or clip.end is not None:
             name += f"@{clip.start or 0.0:g}-{'' if clip.end is None else format(clip.end, 'g')}"
-        base, n = name, 2
+        base = name
         while name in seen:  # the same clip listed twice is allowed where nobody named it
-            name, n = f"{base}#{n}", n + 1
+            copies[base] += 1
+            name = f"{base}#{copies[base] + 1}"
     elif name in seen:
         return Problem(line, "id", f"{name!r} is already used in line {seen[name]}")
     seen[name] = line
-    return line, dataclasses.replace(clip, id=name, path=resolve(clip.path))
+    sound = None if clip.sound is None else resolve(clip.sound)
+    return line, dataclasses.replace(clip, id=name, path=resolve(clip.path), sound=sound)
 
 
 def _resolver(
@@ -256,11 +272,13 @@ def _resolver(
         paths = [clip.path for _, clip in records if isinstance(clip, Clip)]
         folder = manifest.parent
         candidates = (folder, folder.resolve().parent)
-        found = (c for c in candidates if any((c / p).exists() for p in paths if "://" not in p))
+        found = (
+            c for c in candidates if any((c / p).exists() for p in paths if p and "://" not in p)
+        )
         base = str(next(found, folder))
 
     def resolve(path: str) -> str:
-        if "://" in path or os.path.isabs(path):
+        if not path or "://" in path or os.path.isabs(path):
             return path
         return f"{base.rstrip('/')}/{path}" if "://" in base else os.path.join(base, path)
 

@@ -9,6 +9,8 @@ import av
 import av.error
 import numpy as np
 
+# What reading packets raises; IndexError is PyAV's, where damage lets streams appear or vanish.
+READ_ERRORS = (av.error.FFmpegError, OSError, IndexError)
 HELD_BYTES = 64 << 20  # packets up to this size stay in memory between listing and decoding
 _RANDOM_ACCESS_FORMATS = ("mp4", "matroska")
 _RANDOM_ACCESS_CODECS = ("h264", "hevc", "av1", "libdav1d")
@@ -133,7 +135,7 @@ def _collect(
                 held.append(packet)
             else:
                 held = None
-    except (av.error.FFmpegError, OSError) as e:
+    except READ_ERRORS as e:
         return found, tuple(held or ()), f"cannot be read to its end: {reason(e)}"
     return found, tuple(held or ()), ""
 

@@ -7,7 +7,12 @@ A batch is a dict of
 * `replaced` int32 (b,) how many undecodable clips were passed over for the row, normally 0;
 * `valid` bool (b,), evaluation only: False for padding and for clips that do not decode;
 * `visible` int32 (b, N_visible), with a tube or random mask: token 0 is the class token;
-* with `targets`, the stored arrays of each clip by their names.
+* with `targets`, the stored arrays of each clip by their names;
+* with `text`, `text_<caption>` int32 (b, L) for each caption, padding where a clip has none, and
+  `match_id` int32 (b,): rows of equal id are positives of each other;
+* with sound, `fbank` float32 (b, frames, mels) and `has_audio` bool (b,).
+
+The media types `audio` and `text` have no `video`; for `image`, T is 1.
 
 Batch k holds rows [k*B, (k+1)*B) of an endless stream that goes through the clips epoch by epoch,
 each epoch in its own order; process p takes rows [p*B/P, (p+1)*B/P) of each batch. Nothing else is
@@ -28,119 +33,16 @@ from typing import Any
 
 import numpy as np
 
-from iv2_jax.data import sampling
 from iv2_jax.data.badclips import BadClipMonitor
+from iv2_jax.data.corpora import match_ids, open_data, spread_of
+from iv2_jax.data.data_config import DataConfig
+from iv2_jax.data.modalities import WITH_PICTURES
 from iv2_jax.data.rows import Order, Rows
-from iv2_jax.data.sources import ClipSource, open_source
+from iv2_jax.data.sources import ClipSource
 from iv2_jax.data.targets import Targets
-from iv2_jax.errors import ConfigError, DataError, nearest
+from iv2_jax.errors import ConfigError, DataError
 
-_ENDLESS_STEPS = 1 << 40
-_AUGMENTS = ("multiscale_crop", "center")
-_MASKS = ("none", "tube", "random")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What to load and how.
-
-    Attributes:
-      source: manifest of any format, or folder of a packed data set.
-      format: manifest format, see `manifest.FORMATS`.
-      prefix: folder or URL that relative paths of the manifest are joined to.
-      separator: column separator of text lists; None tries space, comma and tab.
-      split: only the clips of this split.
-      num_frames: T, frames of a view.
-      sampling: rule that picks them, see `sampling.RULES`.
-      stride: distance of the frames for the rule `dense`.
-      released_minus_one: the released pretraining loader's frames, each one too early.
-      size: S, side of the pictures.
-      short_side: evaluation: short side before the centre crop; None = `size`.
-      augment: `multiscale_crop` (stage-1 training) or `center`.
-      flip: mirror half of the training clips.
-      views: temporal views of a clip; in training, independent draws.
-      crops: evaluation: crops along the longer side for each temporal view.
-      mask: `none`, `tube` or `random`: adds `visible`.
-      mask_ratio: share of tokens hidden.
-      mask_grid: (T', H', W') of the tokens.
-      shuffle: a new order every epoch.
-      fixed_view: training: every clip always in its evaluation view, so that what was computed of
-        it once stays true.
-      targets: folder of arrays stored by clip, see `data.targets`.
-      eval: one pass in the list's order, deterministic views, last batch padded.
-      num_workers: worker processes; 0 decodes in threads of this process.
-      threads: those threads; 0 decodes in the caller's thread.
-      prefetch: batches kept ready (by each worker).
-      max_bad_share: share of rows that may be replaced before a `DataError`.
-      max_tries: undecodable clips in a row before a `DataError`.
-      bad_clip_log: JSONL file on a local disk that names bad clips; empty = stderr only. With
-        several processes their number goes before the extension.
-    """
-
-    source: str
-    format: str = "auto"
-    prefix: str = ""
-    separator: str | None = None
-    split: str | None = None
-    num_frames: int = 16
-    sampling: str = "pretrain"
-    stride: int = 4
-    released_minus_one: bool = False
-    size: int = 224
-    short_side: int | None = None
-    augment: str = "multiscale_crop"
-    flip: bool = True
-    views: int = 1
-    crops: int = 1
-    mask: str = "none"
-    mask_ratio: float = 0.8
-    mask_grid: tuple[int, int, int] | None = None
-    shuffle: bool = True
-    fixed_view: bool = False
-    targets: str = ""
-    eval: bool = False
-    num_workers: int = 0
-    threads: int = 2
-    prefetch: int = 2
-    max_bad_share: float = 0.1
-    max_tries: int = 16
-    bad_clip_log: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("num_frames", "stride", "size", "views", "crops", "prefetch", "max_tries"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name} must be at least 1, is {getattr(self, name)}")
-        for name in ("num_workers", "threads"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"data.{name} must not be negative, is {getattr(self, name)}")
-        for name, known in (("augment", _AUGMENTS), ("mask", _MASKS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise ConfigError(f"data.{name} {value!r} is not known{nearest(value, known)}")
-        for name in ("max_bad_share", "mask_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"data.{name} must be from 0 to 1, is {getattr(self, name)}")
-        sampling.rule(self.sampling)
-        if self.mask != "none" and self.mask_grid is None:
-            raise ConfigError(f"data.mask {self.mask!r} needs data.mask_grid=(T', H', W')")
-        if self.eval and self.augment != "center":
-            raise ConfigError(f"data.eval needs data.augment='center', is {self.augment!r}")
-        short_side = self.size if self.short_side is None else self.short_side
-        if self.fixed_view and (self.augment != "center" or self.views > 1):
-            raise ConfigError("data.fixed_view needs data.augment='center' and data.views=1")
-        if self.targets and not (self.fixed_view or self.eval):
-            raise ConfigError("data.targets needs data.fixed_view: they were made of one view")
-        if self.crops > 1 and (self.augment != "center" or short_side != self.size):
-            raise ConfigError("data.crops > 1 needs data.augment='center' and no data.short_side")
-        if short_side < self.size:
-            raise ConfigError(
-                f"data.short_side {short_side} must be at least data.size {self.size}"
-            )
-
-    @property
-    def num_views(self) -> int:
-        """V: temporal views times crops."""
-        return self.views * self.crops
+ENDLESS_STEPS = 1 << 40
 
 
 class Loader(Iterator[dict[str, np.ndarray]]):
@@ -151,12 +53,13 @@ class Loader(Iterator[dict[str, np.ndarray]]):
       monitor: counts of replaced rows.
       step: number of the next batch.
       last_step: number after the last batch, None for an endless stream.
+      bad_sounds: rows so far whose pictures are good and whose sound cannot be decoded.
     """
 
     def __init__(
         self,
         source: ClipSource,
-        rows: Rows,
+        rows: Any,
         batches: Iterator[dict[str, Any]],
         monitor: BadClipMonitor,
         *,
@@ -168,6 +71,7 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         self.source = source
         self.monitor = monitor
         self.step = first_step
+        self.bad_sounds = 0
         self.last_step = last_step
         self._first_step = first_step
         self._local_batch = local_batch
@@ -191,6 +95,7 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         rows = [self._rows.row_of(first + i) for i in range(self._local_batch)]
         self.monitor.update(np.asarray(batch["replaced"]), rows)
         self.step += 1
+        self.bad_sounds += int(np.sum(batch.pop("bad_sound", 0)))
         # Out of shared memory: a batch that the caller keeps must not hold a segment of it.
         return {name: np.array(value) for name, value in batch.items()}
 
@@ -256,46 +161,88 @@ def make_loader(
       DataError: the source cannot be used; also later, while iterating, when too many clips do not
         decode or a worker process dies.
     """
-    import grain
-
-    _check_rows(seed, global_batch, process_index, process_count, start_step, num_steps)
+    check_rows(seed, global_batch, process_index, process_count, start_step, num_steps)
     if source is None:
-        source = open_source(
-            config.source,
-            format=config.format,
-            prefix=config.prefix,
-            split=config.split,
-            separator=config.separator,
-        )
-    if process_count > 1 and config.bad_clip_log:
-        root, extension = os.path.splitext(config.bad_clip_log)
-        config = dataclasses.replace(config, bad_clip_log=f"{root}.{process_index}{extension}")
+        source = open_data(config)
+    config = own_log(config, process_index, process_count)
     steps = num_steps
     if config.eval:
         left = max(steps_in_pass(len(source), global_batch) - start_step, 0)
         steps = left if steps is None else min(steps, left)
-    targets = records = None
-    if config.targets:
-        targets = Targets(config.targets, "eval" if config.eval else "train")
-        records = targets.records([clip.id for clip in source.clips])
-    order = Order(len(source), seed, shuffle=config.shuffle and not config.eval)
-    rows = Rows(
-        source,
+    order = make_order(config, source, seed)
+    rows = make_rows(
         config,
+        source,
         order,
         seed=seed,
         first_step=start_step,
-        num_steps=_ENDLESS_STEPS if steps is None else steps,
+        num_steps=ENDLESS_STEPS if steps is None else steps,
         global_batch=global_batch,
         process_index=process_index,
         process_count=process_count,
-        targets=targets,
-        records=records,
     )
     local_batch = global_batch // process_count
+
+    def bad_clips(row: int, replaced: int) -> list[str]:
+        if config.eval:
+            return [source.name(row)]
+        return [source.name(order.clip(row, i)) for i in range(replaced)]
+
+    return Loader(
+        source,
+        rows,
+        batches(rows, config, local_batch) if steps != 0 else iter(()),
+        BadClipMonitor(config.max_bad_share, bad_clips),
+        local_batch=local_batch,
+        first_step=start_step,
+        last_step=None if steps is None else start_step + steps,
+    )
+
+
+def own_log(config: DataConfig, process_index: int, process_count: int) -> DataConfig:
+    """The config with a log of bad clips that is this process's alone."""
+    if process_count == 1 or not config.bad_clip_log:
+        return config
+    root, extension = os.path.splitext(config.bad_clip_log)
+    return dataclasses.replace(config, bad_clip_log=f"{root}.{process_index}{extension}")
+
+
+def make_order(config: DataConfig, source: ClipSource, seed: int) -> Order:
+    """The order in which a run sees its clips."""
+    spread = None if config.eval else spread_of(source)
+    return Order(len(source), seed, shuffle=config.shuffle and not config.eval, spread=spread)
+
+
+def make_rows(config: DataConfig, source: ClipSource, order: Order, **numbers: int) -> Rows:
+    """The rows of one process; `numbers` as in `Rows`."""
+    targets = records = texts = match = None
+    if config.targets:
+        targets = Targets(config.targets, "eval" if config.eval else "train")
+        records = targets.records([clip.id for clip in source.clips])
+    if config.text is not None:
+        from iv2_jax.data.row_texts import RowTexts
+
+        texts = RowTexts(source, config.text)
+        match = match_ids(source, config)
+    return Rows(
+        source,
+        config,
+        order,
+        **numbers,
+        targets=targets,
+        records=records,
+        texts=texts,
+        match=match,
+    )
+
+
+def batches(rows: Any, config: DataConfig, local_batch: int) -> Iterator[dict[str, Any]]:
+    """Batches of a data source of rows, made by threads or worker processes."""
+    import grain
+
     dataset = grain.MapDataset.source(rows).batch(local_batch, drop_remainder=True)
     if config.num_workers:
-        _check_shared_memory(config, local_batch, targets.nbytes if targets else 0)
+        _check_shared_memory(config, local_batch, rows.side_bytes)
         _settle_flags()
         dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         dataset = dataset.mp_prefetch(
@@ -308,24 +255,10 @@ def make_loader(
         dataset = dataset.to_iter_dataset(
             grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=buffer)
         )
-
-    def bad_clips(row: int, replaced: int) -> list[str]:
-        if config.eval:
-            return [source.name(row)]
-        return [source.name(order.clip(row, i)) for i in range(replaced)]
-
-    return Loader(
-        source,
-        rows,
-        iter(dataset) if steps != 0 else iter(()),
-        BadClipMonitor(config.max_bad_share, bad_clips),
-        local_batch=local_batch,
-        first_step=start_step,
-        last_step=None if steps is None else start_step + steps,
-    )
+    return iter(dataset)
 
 
-def _check_rows(
+def check_rows(
     seed: int,
     global_batch: int,
     process_index: int,
@@ -360,7 +293,8 @@ def _check_shared_memory(config: DataConfig, local_batch: int, extra: int) -> No
     folder = "/dev/shm"
     if not sys.platform.startswith("linux") or not os.path.isdir(folder):
         return
-    clip = config.num_views * config.num_frames * config.size**2 * 3 + extra
+    pictures = config.num_views * config.frames * config.size**2 * 3
+    clip = extra + (pictures if config.media in WITH_PICTURES else 0)
     batch = local_batch * clip
     needed = batch * (config.prefetch + 2) * config.num_workers
     free = shutil.disk_usage(folder).free

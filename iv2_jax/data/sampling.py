@@ -2,12 +2,13 @@
 
 Every function returns (T,) int64 indices into the n frames of a clip; add the clip's first frame
 for indices into the file. Random rules take a `numpy.random.Generator`. Rules and check values:
-spec stage1 7.2; `middle`, `spread_random` and `at_rate`: spec stage2 8.4.
+spec stage1 7.2; those of stage 2: spec stage2 8.5.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -282,6 +283,59 @@ def at_rate(
     return indices[indices < num_available][:max_frames]
 
 
+def at_fixed_rate(num_available: int, num_frames: int, fps: float, rate: float) -> np.ndarray:
+    """`at_rate` brought to T frames: the first T, or the last one again; the middle if none."""
+    _check(num_available, num_frames)
+    indices = at_rate(num_available, fps, rate, max_frames=num_frames)
+    if not len(indices):
+        indices = np.array([(num_available - 1) // 2], np.int64)
+    return _pad(indices, num_frames)
+
+
+def frame_range(
+    start: int,
+    end: int,
+    num_frames: int,
+    *,
+    fps: float = 0.0,
+    num_available: int | None = None,
+    released: bool = False,
+) -> np.ndarray:
+    """T frames of the stretch that `video_start_frame` and `video_end_frame` of a record name.
+
+    Args:
+      start: first frame of the stretch in the file.
+      end: its last frame.
+      num_frames: T.
+      fps: frames per second; for `released`.
+      num_available: frames of the file, beyond which its last one stands in; None for no end.
+      released: what `read_clip_from_video` reads: the times wanted are cut to whole seconds and
+        counted from the beginning of the file, but frames before `start` are passed over, so that
+        mostly the stretch's first T frames come out.
+
+    Returns:
+      (T,) frame numbers in the file.
+
+    Raises:
+      ValueError: the stretch is empty, or `released` is without `fps`.
+    """
+    if start < 0 or end < start:
+        raise ValueError(f"frames {start} to {end}: the stretch has no frame")
+    offsets = segments_eval(end - start + 1, num_frames)
+    if not released:
+        chosen = start + offsets
+    else:
+        if fps <= 0:
+            raise ValueError(f"fps {fps}: the released rule needs the clip's frames per second")
+        earliest = np.ceil(np.floor(offsets / fps) * fps - 1e-9).astype(np.int64)
+        chosen = np.empty(num_frames, np.int64)
+        at = start
+        for i, wanted in enumerate(earliest.tolist()):
+            chosen[i] = max(at, wanted)
+            at = int(chosen[i]) + 1
+    return chosen if num_available is None else np.minimum(chosen, num_available - 1)
+
+
 def _pad(indices: np.ndarray, num_frames: int) -> np.ndarray:
     """Repeats the last index until there are T."""
     return np.concatenate([indices, np.full(num_frames - len(indices), indices[-1])])
@@ -289,11 +343,11 @@ def _pad(indices: np.ndarray, num_frames: int) -> np.ndarray:
 
 # -- by name --------------------------------------------------------------------------------------
 
-_Train = Callable[[int, int, np.random.Generator], np.ndarray]
-_Eval = Callable[[int, int, int, int], np.ndarray]
+Train = Callable[[int, int, np.random.Generator], np.ndarray]
+Eval = Callable[[int, int, int, int], np.ndarray]
 
 
-def _or_single(single: Callable[[int, int], np.ndarray], several: _Eval) -> _Eval:
+def _or_single(single: Callable[[int, int], np.ndarray], several: Eval) -> Eval:
     """Validation's rule for one view, test's for more."""
 
     def pick(num_available: int, num_frames: int, view: int, num_views: int) -> np.ndarray:
@@ -304,30 +358,63 @@ def _or_single(single: Callable[[int, int], np.ndarray], several: _Eval) -> _Eva
     return pick
 
 
-RULES: dict[str, tuple[_Train, _Eval]] = {
+RULES: dict[str, tuple[Train, Eval]] = {
     "pretrain": (pretrain, segments_eval),
     "segments": (segments_train, segments_eval),
     "dense": (dense_train, _or_single(dense_validation, dense_test)),
     "frames": (frames_train, _or_single(frames_validation, frames_test)),
     "video": (video_train, _or_single(video_validation, frames_test)),
+    # Stage 2: the original's "rand" in training and "middle" in evaluation, under either name.
+    "rand": (spread_random, _or_single(middle, segments_eval)),
     "middle": (spread_random, _or_single(middle, segments_eval)),
 }
+_RATE = re.compile(r"fps(\d+\.?\d*|\.\d+)")
 
 
-def rule(name: str, *, stride: int = 4) -> tuple[_Train, _Eval]:
+def rule(
+    name: str, *, stride: int = 4, fps: float | None = None, released: bool = False
+) -> tuple[Train, Eval]:
     """The (training, evaluation) rule of this name.
 
     Args:
-      name: one of `RULES`.
+      name: one of `RULES`, or `fpsX`: X frames a second from the clip's beginning, the first T of
+        them; short clips repeat their last frame. It draws nothing and has one view.
       stride: distance of the frames for `dense`.
+      fps: frames per second of the clip, for `fpsX`; may be left out to check a name.
+      released: `rand`, `middle` and `dense` with the released code's faults.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: there is none; or (by the rule itself) `fpsX` is without the clip's rate.
     """
+    rate = _RATE.fullmatch(name)
+    if rate is not None and float(rate[1]) > 0:
+        return _rate_rule(name, float(rate[1]), fps)
     if name not in RULES:
-        raise ConfigError(f"sampling {name!r} is not known{nearest(name, RULES)}")
+        known = ", ".join(sorted([*RULES, "fpsX"]))
+        hint = nearest(name, RULES)
+        hint = hint if "did you mean" in hint else f"; known: {known}"
+        raise ConfigError(f"sampling {name!r} is not known{hint}")
     if name == "dense":
-        validation = functools.partial(dense_validation, stride=stride)
+        validation = functools.partial(dense_validation, stride=stride, released=released)
         test = functools.partial(dense_test, stride=stride)
         return functools.partial(dense_train, stride=stride), _or_single(validation, test)
-    return RULES[name]
+    train, evaluate = RULES[name]
+    if released and train is spread_random:
+        train = functools.partial(spread_random, released=True)
+    return train, evaluate
+
+
+def _rate_rule(name: str, rate: float, fps: float | None) -> tuple[Train, Eval]:
+    """`fpsX` for a clip of this rate."""
+
+    def pick(num_available: int, num_frames: int, *_: object) -> np.ndarray:
+        if fps is None or not fps > 0:
+            raise ConfigError(f"sampling {name!r} needs clips that have a frame rate")
+        return at_fixed_rate(num_available, num_frames, fps, rate)
+
+    def evaluate(num_available: int, num_frames: int, view: int, num_views: int) -> np.ndarray:
+        if num_views != 1:
+            raise ConfigError(f"sampling {name!r} has one view, {num_views} are asked for")
+        return pick(num_available, num_frames)
+
+    return pick, evaluate

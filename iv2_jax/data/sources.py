@@ -6,26 +6,25 @@ worker, so that it carries no records there, only what opening needs, in a few a
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
-import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
 
-from iv2_jax.data import manifest
+from iv2_jax.data import manifest, stills
 from iv2_jax.data.decode import DecodeError, VideoReader
+from iv2_jax.data.packed_files import PACKED_INDEX, example_clip, packed_shards, parse_example
 from iv2_jax.data.records import Clip, FieldError, clip_from_object
+from iv2_jax.data.stills import Box, FrameFolder, Still
+from iv2_jax.data.strings import Strings
 from iv2_jax.errors import DataError
 
-PACKED_INDEX = "iv2_clips.jsonl"  # records of a packed set in the order of its shards
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SOUND_FILES = (".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav")
 
 
 class Frames(Protocol):
@@ -43,6 +42,24 @@ class Frames(Protocol):
         """Frees the file."""
 
 
+class Sound(NamedTuple):
+    """Where a clip's sound is.
+
+    Attributes:
+      source: path, or the bytes of a file.
+      name: what messages call it.
+      start: first second, None for the beginning.
+      end: second at which it ends (not included), None for the end of the file.
+      from_video: it is the sound track of a video, not a sound file.
+    """
+
+    source: str | bytes
+    name: str
+    start: float | None
+    end: float | None
+    from_video: bool
+
+
 class ClipSource(Protocol):
     """A list of clips that can be opened by position; picklable."""
 
@@ -56,6 +73,9 @@ class ClipSource(Protocol):
 
     def open(self, index: int) -> Frames:
         """Opens a clip; raises `DecodeError`."""
+
+    def sound(self, index: int) -> Sound:
+        """Where the clip's sound is, if it has any; raises `DecodeError`."""
 
 
 def open_source(
@@ -93,34 +113,49 @@ class FileSource:
     def __init__(self, clips: Sequence[Clip]) -> None:
         """Takes the records of `manifest.read_clips`."""
         self.clips = clips
-        paths = [clip.path.encode() for clip in clips]
-        self._paths = b"".join(paths)
-        self._ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
+        self._paths = Strings(clip.path for clip in clips)
         nothing = math.nan
         self._start = np.array([nothing if c.start is None else c.start for c in clips])
         self._end = np.array([nothing if c.end is None else c.end for c in clips])
         self._frames = np.array([c.frames or 0 for c in clips], np.int32)
+        self._sounds = Strings(clip.sound or "" for clip in clips)
+        self._crops = _crops(clips)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._paths)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "clips": ()}  # workers need the arrays only
 
     def name(self, index: int) -> str:
         """The clip's path."""
-        first = int(self._ends[index - 1]) if index else 0
-        return self._paths[first : int(self._ends[index])].decode()
+        return self._paths[index]
 
     def open(self, index: int) -> Frames:
         """Opens the clip, whatever it is stored as."""
-        start, end = float(self._start[index]), float(self._end[index])
+        start, end = self._stretch(index)
         return open_frames(
             self.name(index),
-            start=None if math.isnan(start) else start,
-            end=None if math.isnan(end) else end,
+            start=start,
+            end=end,
             frames=int(self._frames[index]) or None,
+            crop=_crop(self._crops, index),
         )
+
+    def sound(self, index: int) -> Sound:
+        """The clip's sound file as a whole, or the stretch of its own track."""
+        path, (start, end) = self.name(index), self._stretch(index)
+        if self._sounds[index]:
+            path, start, end = self._sounds[index], None, None
+        if os.path.isdir(path):
+            raise DecodeError(path, "is a folder of frames, which has no sound")
+        source = _fetch(path) if "://" in path else path
+        return Sound(source, path, start, end, not path.lower().endswith(SOUND_FILES))
+
+    def _stretch(self, index: int) -> tuple[float | None, float | None]:
+        """First and last second, None where the file's are meant."""
+        start, end = float(self._start[index]), float(self._end[index])
+        return None if math.isnan(start) else start, None if math.isnan(end) else end
 
 
 class PackedSource:
@@ -130,25 +165,33 @@ class PackedSource:
     bytes hold that stretch only.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, split: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        split: str | None = None,
+        seconds: float | None = None,
+    ) -> None:
         """Lists the shards and records of a folder.
 
         Args:
           folder: written by `iv2 data build`, or by TFDS with the same features.
           split: only this split's shards; all by default.
+          seconds: only the first so many seconds of every clip.
         """
         self._folder = os.fspath(folder)
+        self._seconds = seconds
         shards = packed_shards(folder)
         if split is not None and split not in shards:
             raise DataError(f"{folder}: no split {split!r}; known: {', '.join(sorted(shards))}")
         self._files = [f for s in sorted(shards) if split in (None, s) for f in shards[s]]
-        self._names: tuple[bytes, np.ndarray] | None = None
+        self._paths: Strings | None = None
         self._reader: Any = None
         self._lock = threading.Lock()
         self._length = len(self._records())
         self.clips: Sequence[Clip] = self._read_clips(shards, split)
-        paths = [clip.path.encode() for clip in self.clips]
-        self._names = b"".join(paths), np.cumsum([len(p) for p in paths], dtype=np.int64)
+        self._paths = Strings(clip.path for clip in self.clips)
+        self._crops = _crops(self.clips)
 
     def __len__(self) -> int:
         return self._length
@@ -162,19 +205,32 @@ class PackedSource:
 
     def name(self, index: int) -> str:
         """Path of the original, within the packed set."""
-        if self._names is None:
-            return f"{self._folder}[{index}]"
-        paths, ends = self._names
-        first = int(ends[index - 1]) if index else 0
-        return f"{self._folder}[{index}]:{paths[first : int(ends[index])].decode()}"
+        path = f":{self._paths[index]}" if self._paths is not None else ""
+        return f"{self._folder}[{index}]{path}"
 
     def open(self, index: int) -> Frames:
         """Reads the clip's bytes and opens them."""
-        return VideoReader(self.read_bytes(index), name=self.name(index))
+        data, name = self.read_bytes(index), self.name(index)
+        if name.lower().endswith(stills.EXTENSIONS):
+            return Still(data, name=name, crop=_crop(self._crops, index))
+        return VideoReader(data, name=name, end=self._seconds)
+
+    def sound(self, index: int) -> Sound:
+        """The sound file that was packed beside the clip, or the clip's own bytes."""
+        values, name = parse_example(self._record(index)), self.name(index)
+        apart, own = (next(iter(values.get(k, [])), b"") for k in ("sound", "video"))
+        if not apart and not own:
+            raise DecodeError(name, "is text alone, without sound")
+        from_video = not apart and not name.lower().endswith(SOUND_FILES)
+        end = None if apart else self._seconds
+        return Sound(apart or own, name, None, end, from_video)
 
     def read_bytes(self, index: int) -> bytes:
         """The stored file of one clip."""
-        return parse_example(self._record(index))["video"][0]
+        data = next(iter(parse_example(self._record(index)).get("video", [])), b"")
+        if not data:
+            raise DecodeError(self.name(index), "is text alone, without a file")
+        return data
 
     def _records(self) -> Any:
         """The random-access reader, opened once a process."""
@@ -218,76 +274,19 @@ class PackedSource:
         return clips
 
 
-def packed_shards(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """Files of every split of a TFDS folder, in order.
-
-    Raises:
-      DataError: the folder holds no complete set of ArrayRecord shards.
-    """
-    pattern = re.compile(r".+-(?P<split>[^-]+)\.array_record-(?P<at>\d{5})-of-(?P<of>\d{5})")
-    found: dict[str, dict[int, str]] = {}
-    expected: dict[str, int] = {}
-    for name in sorted(os.listdir(folder)):
-        match = pattern.fullmatch(name)
-        if match:
-            split = match["split"]
-            found.setdefault(split, {})[int(match["at"])] = os.path.join(folder, name)
-            expected[split] = int(match["of"])
-    if not found:
-        raise DataError(
-            f"{folder}: holds no *.array_record-* files; give a manifest or the folder that "
-            "`iv2 data build` wrote"
-        )
-    for split, files in found.items():
-        missing = sorted(set(range(expected[split])) - set(files))
-        if missing:
-            raise DataError(f"{folder}: split {split!r} lacks shard {missing[0]}; copy it again")
-    return {split: [files[i] for i in sorted(files)] for split, files in found.items()}
+def _crops(clips: Sequence[Clip]) -> np.ndarray:
+    """(n, 4) of the clips that have one, (0, 4) where none has; NaN for the others."""
+    if not any(clip.crop for clip in clips):
+        return np.zeros((0, 4), np.float32)
+    return np.array([clip.crop or (math.nan,) * 4 for clip in clips], np.float32)
 
 
-def parse_example(record: bytes) -> dict[str, list[Any]]:
-    """Values of a serialised `tf.train.Example` by feature, without TensorFlow."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    example = tf_example_pb2.Example.FromString(record)
-    values: dict[str, list[Any]] = {}
-    for key, feature in example.features.feature.items():
-        kind = feature.WhichOneof("kind")
-        values[key] = list(getattr(feature, kind).value) if kind else []
-    return values
-
-
-def example_clip(values: dict[str, list[Any]]) -> Clip:
-    """The record of an example written by `builders.packed`."""
-
-    def texts(key: str) -> list[str]:
-        return [value.decode() for value in values.get(key, [])]
-
-    def optional(key: str) -> str | None:
-        return next(iter(texts(key)), "") or None
-
-    def seconds(key: str) -> float | None:
-        value = next(iter(values.get(key, [])), math.nan)
-        return None if math.isnan(value) else float(value)
-
-    captions: dict[str, tuple[str, ...]] = {}
-    for modality, text in zip(texts("captions/modality"), texts("captions/text"), strict=True):
-        captions[modality] = (*captions.get(modality, ()), text)
-    numbers = values.get("labels/is_number", [])
-    named = zip(texts("labels/name"), texts("labels/value"), numbers, strict=True)
-    audio = next(iter(values.get("audio", [])), -1)
-    return Clip(
-        id=optional("id") or "",
-        path=optional("path") or "",
-        start=seconds("start"),
-        end=seconds("end"),
-        captions=captions,
-        labels={name: int(value) if number else value for name, value, number in named},
-        qa=tuple(zip(texts("qa/question"), texts("qa/answer"), strict=True)),
-        split=optional("split"),
-        group=optional("group"),
-        audio=None if audio < 0 else bool(audio),
-    )
+def _crop(crops: np.ndarray, index: int) -> Box | None:
+    """One clip's crop."""
+    if not len(crops) or np.isnan(crops[index, 0]):
+        return None
+    x0, y0, x1, y1 = crops[index].tolist()
+    return x0, y0, x1, y1
 
 
 # -- opening one clip -----------------------------------------------------------------------------
@@ -299,25 +298,43 @@ def open_frames(
     start: float | None = None,
     end: float | None = None,
     frames: int | None = None,
+    crop: Box | None = None,
 ) -> Frames:
-    """Opens a video file, a folder of frames or a URL.
+    """Opens a video, a picture or a folder of frames; a file or a URL.
 
     Args:
       path: where it is.
       start: first second or None.
       end: last second (not included) or None.
       frames: number of frames of a folder, None to take all it holds.
+      crop: the part of a picture that counts; all by default.
 
     Raises:
       DecodeError: it cannot be opened.
     """
+    if path.lower().endswith(stills.EXTENSIONS) and not os.path.isdir(path):
+        return Still(read_bytes(path), name=path, crop=crop)
     if "://" in path:
-        return VideoReader(read_bytes(path), name=path, start=start, end=end)
+        return VideoReader(_fetch(path), name=path, start=start, end=end)
     if os.path.isdir(path):
         if start is not None or end is not None:
             raise DecodeError(path, "is a folder of frames, which has no seconds to cut at")
         return FrameFolder(path, frames)
     return VideoReader(path, start=start, end=end)
+
+
+_fetched = threading.local()  # each thread's last URL: pictures and sound are read one by one
+
+
+def _fetch(path: str) -> bytes:
+    """The bytes of a URL, loaded once for the two reads of a clip."""
+    last, data = getattr(_fetched, "last", ("", b""))
+    if last == path:
+        _fetched.last = ("", b"")
+        return data
+    data = read_bytes(path)
+    _fetched.last = (path, data)
+    return data
 
 
 def read_bytes(path: str) -> bytes:
@@ -344,59 +361,3 @@ def read_bytes(path: str) -> bytes:
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or str(e)
         raise DecodeError(path, f"cannot be read: {reason}") from e
-
-
-class FrameFolder:
-    """A clip stored as one picture a frame, in the order of the numbers in their names."""
-
-    def __init__(self, path: str, frames: int | None = None) -> None:
-        """Lists the pictures; the first `frames` of them if given."""
-        self.path = path
-        self.warnings: list[str] = []
-        self._files = list(_pictures(path))
-        if not self._files:
-            raise DecodeError(path, f"holds no pictures ({', '.join(_IMAGES)})")
-        if frames is not None and frames > len(self._files):
-            raise DecodeError(path, f"holds {len(self._files)} pictures, the list says {frames}")
-        self._files = self._files[:frames]
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """See `Frames.read`; pictures of other sizes are brought to that of the first."""
-        chosen = np.asarray(indices, np.int64)
-        if chosen.min() < 0 or chosen.max() >= len(self._files):
-            raise IndexError(f"{self.path}: frames {chosen.min()}..{chosen.max()} are asked for")
-        loaded: dict[int, np.ndarray] = {}
-        size: tuple[int, int] | None = None
-        for i in np.unique(chosen).tolist():
-            loaded[i] = _load_picture(os.path.join(self.path, self._files[i]), size)
-            size = size or (loaded[i].shape[1], loaded[i].shape[0])
-        return np.stack([loaded[i] for i in chosen.tolist()])
-
-    def close(self) -> None:
-        """Nothing is open between reads."""
-
-
-def _pictures(folder: str) -> Iterator[str]:
-    """Picture files of a folder, `img_2` before `img_10`."""
-    names = [n for n in os.listdir(folder) if n.lower().endswith(_IMAGES)]
-    yield from sorted(names, key=_natural)
-
-
-@functools.lru_cache(maxsize=4096)
-def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort key that compares runs of digits as numbers."""
-    parts = re.findall(r"\d+|\D+", name)
-    return tuple((0, int(p)) if p.isdigit() else (1, p) for p in parts)
-
-
-def _load_picture(path: str, size: tuple[int, int] | None) -> np.ndarray:
-    """(H, W, 3) uint8 of one picture, at (width, height) if given."""
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as e:
-        raise DecodeError(path, f"is not a readable picture: {e}") from e
-    return np.asarray(picture if size in (None, picture.size) else picture.resize(size))

@@ -8,7 +8,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 
-from iv2_jax.data import manifest, sources
+from iv2_jax.data import audio, manifest, sources
 from iv2_jax.data.decode import DecodeError, VideoReader
 from iv2_jax.data.manifest import Clip, Problem
 
@@ -88,34 +88,82 @@ def check(
     workers = threads or os.cpu_count() or 1
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         checks = pool.map(lambda item: _check_clip(*item, quick=quick), lines)
+        found = []
         for problem, facts, odd in checks:
+            found.append(facts)
             if problem is not None:
                 report.problems.append(problem)
-            if facts is not None:
-                report.good.append(facts)
             report.odd += odd
             tell(1)
+    _sort_out(report, lines, found)
     report.problems.sort(key=lambda p: p.line)
     return report
+
+
+def _sort_out(report: Report, lines: list[tuple[int, Clip]], found: list[ClipFacts | None]) -> None:
+    """Keeps the facts of good clips; sound alone is not good in a list of pictures."""
+    pictures = any(facts is not None and facts.height for facts in found)
+    for (line, clip), facts in zip(lines, found, strict=True):
+        if facts is not None and pictures and not facts.height:
+            what = f"{clip.path}: has no video stream, only sound" if clip.path else "is text alone"
+            message = f"{what}, unlike others here; put such records into a list of their own"
+            report.problems.append(Problem(line, "path", message))
+        elif facts is not None:
+            report.good.append(facts)
 
 
 def _check_clip(
     line: int, clip: Clip, *, quick: bool
 ) -> tuple[Problem | None, ClipFacts | None, list[Problem]]:
-    """Opens and decodes one clip."""
+    """Opens and decodes one clip, and its sound."""
+    odd: list[str] = []
     try:
-        frames = sources.open_frames(clip.path, start=clip.start, end=clip.end, frames=clip.frames)
-        try:
-            facts = _decode(frames, quick=quick)
-        finally:
-            frames.close()
+        facts, field, warnings = _facts(clip, quick=quick)
+        odd += warnings
     except DecodeError as e:
         return Problem(line, "path", str(e)), None, []
-    odd = [Problem(line, "path", f"{clip.path}: {text}") for text in frames.warnings]
-    if clip.audio is not None and isinstance(frames, VideoReader) and clip.audio != facts.audio:
+    if clip.sound is not None:
+        try:
+            _sound(clip.sound, None, None, odd)
+        except DecodeError as e:
+            return Problem(line, "sound", str(e)), None, []
+    elif facts.audio and not quick and facts.height:
+        try:
+            _sound(clip.path, clip.start, clip.end, odd)
+        except DecodeError as e:
+            odd.append(f"its sound cannot be used: {e.reason}")
+    problems = [Problem(line, "path", f"{clip.path}: {text}") for text in odd]
+    if field and clip.audio is not None and clip.audio != facts.audio:
         said = "promises sound, there is none" if clip.audio else "promises silence, there is sound"
-        odd.append(Problem(line, "audio", f"{clip.path}: the manifest {said}"))
-    return None, facts, odd
+        problems.append(Problem(line, "audio", f"{clip.path}: the manifest {said}"))
+    return None, facts, problems
+
+
+def _facts(clip: Clip, *, quick: bool) -> tuple[ClipFacts, bool, list[str]]:
+    """Facts about the clip's file, whether it may have sound, and oddities."""
+    if not clip.path:
+        return ClipFacts(0, 0.0, 0, 0, "text", False), False, []
+    if clip.path.lower().endswith(sources.SOUND_FILES):
+        warnings: list[str] = []
+        seconds = _sound(clip.path, clip.start, clip.end, warnings)
+        return ClipFacts(0, seconds, 0, 0, "sound", True), True, warnings
+    frames = sources.open_frames(
+        clip.path, start=clip.start, end=clip.end, frames=clip.frames, crop=clip.crop
+    )
+    try:
+        facts = _decode(frames, quick=quick)
+    finally:
+        frames.close()
+    return facts, isinstance(frames, VideoReader), list(frames.warnings)
+
+
+def _sound(path: str, start: float | None, end: float | None, warnings: list[str]) -> float:
+    """Seconds of a file's sound that decode."""
+    source = sources.read_bytes(path) if "://" in path else path
+    samples = audio.load_waveform(source, start=start, end=end, name=path, warnings=warnings)
+    if samples is None:
+        raise DecodeError(path, "has no sound stream")
+    return len(samples) / audio.SAMPLE_RATE
 
 
 def _decode(frames: sources.Frames, *, quick: bool) -> ClipFacts:
@@ -143,13 +191,15 @@ def summary(report: Report) -> Iterator[str]:
         return
     hours = sum(f.seconds for f in good) / 3600
     yield f"length: {hours:.2f} h, {sum(f.frames for f in good):,} frames"
-    lengths = sorted(f.frames for f in good)
-    yield f"frames a clip: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}"
-    sides = sorted(min(f.height, f.width) for f in good)
-    yield f"short side: {sides[0]} to {sides[-1]} pixels, median {sides[len(sides) // 2]}"
+    lengths = sorted(f.frames for f in good if f.frames)
+    if lengths:
+        yield f"frames a clip: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}"
+        sides = sorted(min(f.height, f.width) for f in good if f.frames)
+        yield f"short side: {sides[0]} to {sides[-1]} pixels, median {sides[len(sides) // 2]}"
     yield f"codecs: {_counts(f.codec for f in good)}"
-    yield f"with sound: {sum(f.audio for f in good)}"
     clips = report.clips
+    files = sum(clip.sound is not None for clip in clips)
+    yield f"with sound: {sum(f.audio for f in good)}" + (f", in files apart: {files}" * bool(files))
     yield f"splits: {_counts(c.split or 'none' for c in clips)}"
     captions = collections.Counter(m for c in clips for m, t in c.captions.items() for _ in t)
     yield f"captions: {_counts(captions)}"

@@ -82,7 +82,7 @@ def ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
 def retrieval_metrics(
     v2t: np.ndarray, t2v: np.ndarray, item_of_text: np.ndarray
 ) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in both directions, in percent.
+    """Recall at 1, 5 and 10 in both directions, in percent, as the original reports them.
 
     Args:
         v2t: (V, T) scores.
@@ -100,14 +100,79 @@ def retrieval_metrics(
     if t2v.shape != (texts, count) or item_of_text.shape != (texts,):
         raise DataError(f"scores {v2t.shape} and {t2v.shape} do not fit {len(item_of_text)} texts")
     relevant = item_of_text[None] == np.arange(count)[:, None]
+    return _recalls({"v2t": ranks(v2t, relevant), "t2v": ranks(t2v, relevant.T)})
+
+
+def ranking_metrics(
+    v2t: np.ndarray,
+    t2v: np.ndarray,
+    relevant: np.ndarray,
+    text_counts: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Recalls as `retrieval_metrics`, and median ranks, for any ground truth.
+
+    Args:
+        v2t: (V, T) scores.
+        t2v: (T, V) scores.
+        relevant: bool (V, T), which text is right for which item.
+        text_counts: int (T,), how often each text counts as a query; None = once.
+
+    Returns:
+        What `retrieval_metrics` returns, and `{v2t,t2v}_median_rank`, from 1 on.
+
+    Raises:
+        DataError: see `ranks`.
+    """
+    rank = {"v2t": ranks(v2t, relevant), "t2v": ranks(t2v, relevant.T)}
+    if text_counts is not None:
+        rank["t2v"] = np.repeat(rank["t2v"], text_counts)
+    median = {f"{name}_median_rank": float(np.median(r)) + 1 for name, r in rank.items()}
+    return _recalls(rank) | median
+
+
+def _recalls(rank: dict[str, np.ndarray]) -> dict[str, float]:
+    """Recalls in percent, and their means, of the ranks of both directions."""
     metrics = {}
-    for name, scores, right in (("v2t", v2t, relevant), ("t2v", t2v, relevant.T)):
-        rank = ranks(scores, right)
+    for name, values in rank.items():
         for k in RECALLS:
-            metrics[f"{name}_r{k}"] = 100.0 * float((rank < k).mean())
+            metrics[f"{name}_r{k}"] = 100.0 * float((values < k).mean())
         metrics[f"{name}_r_mean"] = float(np.mean([metrics[f"{name}_r{k}"] for k in RECALLS]))
     metrics["r_mean"] = (metrics["v2t_r_mean"] + metrics["t2v_r_mean"]) / 2
     return metrics
+
+
+def chance_metrics(relevant: np.ndarray, text_counts: np.ndarray | None = None) -> dict[str, float]:
+    """What candidates in random order are expected to give, for the same ground truth.
+
+    With g right ones among M candidates none is among the first K with probability
+    `C(M - g, K) / C(M, K)`.
+
+    Args:
+        relevant: bool (V, T).
+        text_counts: int (T,), as in `ranking_metrics`.
+
+    Returns:
+        The names of `ranking_metrics`; the median rank is that of all queries' ranks together.
+    """
+    metrics = {}
+    queries = {"v2t": (relevant, None), "t2v": (relevant.T, text_counts)}
+    for name, (right, counts) in queries.items():
+        found = _found_within(right.sum(axis=1), right.shape[1], counts)
+        for k in RECALLS:
+            metrics[f"{name}_r{k}"] = 100.0 * float(found[min(k, len(found)) - 1])
+        metrics[f"{name}_r_mean"] = float(np.mean([metrics[f"{name}_r{k}"] for k in RECALLS]))
+        metrics[f"{name}_median_rank"] = float(np.argmax(found >= 0.5 - 1e-12)) + 1
+    metrics["r_mean"] = (metrics["v2t_r_mean"] + metrics["t2v_r_mean"]) / 2
+    return metrics
+
+
+def _found_within(right: np.ndarray, candidates: int, counts: np.ndarray | None) -> np.ndarray:
+    """(M,) probability that something right is among the first 1, 2, ... M of a random order."""
+    numbers, which = np.unique(right, return_inverse=True)
+    weights = np.bincount(which, weights=counts, minlength=len(numbers)).astype(float)
+    places = np.arange(candidates)
+    still_wrong = np.clip((candidates - numbers[:, None] - places) / (candidates - places), 0, 1)
+    return (weights / weights.sum()) @ (1 - np.cumprod(still_wrong, axis=1))
 
 
 def choice_probabilities(items: np.ndarray, options: np.ndarray, temperature: float) -> np.ndarray:

@@ -13,9 +13,10 @@ from flax.core import meta
 from tqdm import tqdm
 
 from iv2_jax import config as config_lib
+from iv2_jax.data.corpora import open_data
 from iv2_jax.data.pipeline import DataConfig, make_loader, steps_in_pass
 from iv2_jax.data.records import Clip
-from iv2_jax.data.sources import ClipSource, open_source
+from iv2_jax.data.sources import ClipSource
 from iv2_jax.errors import DataError
 from iv2_jax.eval import probe
 from iv2_jax.eval.features import extract
@@ -168,13 +169,7 @@ def evaluation_fields() -> dict[str, Any]:
 
 def open_split(config: DataConfig, split: str | None) -> ClipSource:
     """The clips of one split of a data config's source."""
-    return open_source(
-        config.source,
-        format=config.format,
-        prefix=config.prefix,
-        split=split,
-        separator=config.separator,
-    )
+    return open_data(dataclasses.replace(config, split=split))
 
 
 def _read(

@@ -13,13 +13,13 @@ import sys
 import numpy as np
 import pytest
 
-from iv2_jax.data import manifest, sources
+from iv2_jax.data import audio, manifest, sources
 from iv2_jax.data.builders import encode, packed
 from iv2_jax.data.decode import DecodeError, VideoReader
 from iv2_jax.data.pipeline import DataConfig, make_loader
 from iv2_jax.data.records import Clip
 from iv2_jax.errors import DataError
-from tests.data import clips
+from tests.data import clips, multimodal
 
 
 @pytest.fixture
@@ -313,3 +313,51 @@ def test_index_is_a_manifest(records, folder):
     packed.build(records, folder)
     lines = (folder / sources.PACKED_INDEX).read_text().splitlines()
     assert [json.loads(line)["shard_split"] for line in lines] == ["test", "train", "train"]
+
+
+def test_every_media_type_comes_back(tmp_path, folder):
+    lists = multimodal.write_lists(tmp_path)
+    clips.write_clip(tmp_path / "long.mp4", 20)
+    more = [
+        {"path": "long.mp4", "sound": "s2.wav", "captions": {"video": "a dog", "avs": ["b", "c"]}},
+        {"path": "p1.png", "crop": [0, 0, 8, 48], "options": ["x", "y"], "answers": [1]},
+        {"path": "s4.wav", "start": 0.1, "end": 0.3, "captions": {"audio": "rain"}},
+        {"captions": "text alone"},
+        {"path": "long.mp4", "id": "bad", "sound": "p1.png", "captions": "x"},
+    ]
+    path = clips.write_manifest(tmp_path / "more.jsonl", more)
+    records = manifest.read_clips(path)
+    report = packed.build(records, folder)
+    assert (report.clips, [p[-6:] for p, _ in report.sounds_left_out]) == (5, ["p1.png"])
+    for index_file in (True, False):
+        if not index_file:
+            (folder / sources.PACKED_INDEX).unlink()
+        source = sources.open_source(folder)
+        assert [c.captions for c in source.clips] == [c.captions for c in records]
+        assert [c.sound for c in source.clips] == [c.sound for c in records]
+        assert (source.clips[1].crop, source.clips[1].options) == (
+            (0.0, 0.0, 8.0, 48.0),
+            ("x", "y"),
+        )
+        assert source.clips[1].answers == (1,)
+        assert source.open(1).read([0]).shape == (1, 48, 8, 3)
+        assert len(audio.load_waveform(source.sound(0).source)) == 8000
+        assert not source.sound(0).from_video
+        assert len(audio.load_waveform(source.sound(2).source)) == 3200
+        with pytest.raises(DecodeError, match="text alone"):
+            source.open(3)
+    for media in ("audio_video", "image", "audio", "text"):
+        built = tmp_path / f"packed_{media}"
+        packed.build(manifest.read_clips(lists[media].source), built)
+        for workers in (0, 1) if media == "audio_video" else (0,):
+            config = dataclasses.replace(lists[media], num_workers=workers)
+            ours = dataclasses.replace(config, source=str(built))
+            for a, b in zip(_first_batches(ours), _first_batches(config), strict=True):
+                assert set(a) == set(b)
+                for name in a:
+                    np.testing.assert_array_equal(a[name], b[name], err_msg=f"{media} {name}")
+
+
+def _first_batches(config):
+    with make_loader(config, seed=1, global_batch=4, num_steps=3) as loader:
+        return list(loader)

@@ -67,6 +67,76 @@ def test_spread_random_reaches_every_frame_unless_released():
     assert set(released.reshape(-1)) == set(range(12)) - {3, 7, 11}
 
 
+def test_rand_is_middle_in_evaluation_and_released_by_flag():
+    for name in ("rand", "middle"):
+        train, evaluate = sampling.rule(name)
+        assert evaluate(100, 8, 0, 1).tolist() == _ints("5 18 30 43 55 68 80 93")
+        released, same = sampling.rule(name, released=True)
+        assert same(100, 8, 0, 1).tolist() == _ints("5 18 30 43 55 68 80 93")
+        rng = np.random.default_rng(0)
+        clean = {i for _ in range(300) for i in train(12, 3, rng).tolist()}
+        faulty = {i for _ in range(300) for i in released(12, 3, rng).tolist()}
+        assert clean == set(range(12))
+        assert faulty == set(range(12)) - {3, 7, 11}
+
+
+def test_released_middle_of_dense_is_by_flag():
+    _, evaluate = sampling.rule("dense", released=True)
+    assert evaluate(200, 8, 0, 1).tolist() == _ints("52 56 61 65 70 74 79 83")
+
+
+def test_frames_at_a_rate():
+    train, evaluate = sampling.rule("fps1", fps=25.0)
+    rng = np.random.default_rng(0)
+    assert evaluate(100, 4, 0, 1).tolist() == [12, 38, 62, 88]
+    assert train(100, 4, rng).tolist() == [12, 38, 62, 88]
+    assert evaluate(100, 2, 0, 1).tolist() == [12, 38]  # the first ones
+    assert evaluate(100, 6, 0, 1).tolist() == [12, 38, 62, 88, 88, 88]
+    assert evaluate(9, 3, 0, 1).tolist() == [4, 4, 4]  # shorter than half a second
+    half = sampling.rule("fps0.5", fps=10.0)[1]
+    assert half(100, 4, 0, 1).tolist() == [10, 30, 50, 70]
+    sampling.rule("fps2")  # a name may be checked without a clip
+    with pytest.raises(ConfigError, match="needs clips that have a frame rate"):
+        sampling.rule("fps2")[1](100, 4, 0, 1)
+    with pytest.raises(ConfigError, match="has one view, 2 are asked for"):
+        sampling.rule("fps2", fps=25.0)[1](100, 4, 0, 2)
+    for wrong in ("fps0", "fps-1", "fpsx", "fps", "fps1e3"):
+        with pytest.raises(ConfigError, match=r"is not known.*fpsX"):
+            sampling.rule(wrong)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    available=st.integers(1, 900),
+    frames=st.integers(1, 20),
+    fps=st.floats(0.5, 120),
+    rate=st.sampled_from(["0.1", "0.5", "1", "4", "25", "1000"]),
+)
+def test_a_rate_stays_within_the_clip(available, frames, fps, rate):
+    chosen = sampling.rule(f"fps{rate}", fps=fps)[1](available, frames, 0, 1)
+    assert chosen.shape == (frames,)
+    assert chosen.dtype == np.int64
+    assert chosen.min() >= 0
+    assert chosen.max() < available
+    assert (np.diff(chosen) >= 0).all()
+
+
+def test_annotated_range():
+    # 100 frames, 4 of them: distance 24.75, the first at int(24.75 / 2).
+    assert sampling.frame_range(50, 149, 4).tolist() == [62, 87, 112, 136]
+    assert sampling.frame_range(50, 149, 4, num_available=100).tolist() == [62, 87, 99, 99]
+    # At 25 frames a second the times 0.48, 1.48, 2.48, 3.44 s become 0, 1, 2, 3 s of the file.
+    assert sampling.frame_range(0, 99, 4, fps=25, released=True).tolist() == [0, 25, 50, 75]
+    assert sampling.frame_range(30, 129, 4, fps=25, released=True).tolist() == [30, 31, 50, 75]
+    assert sampling.frame_range(250, 349, 4, fps=25, released=True).tolist() == _ints(
+        "250 251 252 253"
+    )
+    with pytest.raises(ValueError, match="no frame"):
+        sampling.frame_range(10, 9, 4)
+    with pytest.raises(ValueError, match="needs the clip's frames per second"):
+        sampling.frame_range(0, 9, 4, released=True)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     name=st.sampled_from(sorted(sampling.RULES)),

@@ -109,3 +109,14 @@ def test_missing_files_are_named_when_opened(tmp_path):
 def test_read_returns_what_was_asked_in_that_order(tmp_path):
     frames = sources.open_frames(str(_frame_folder(tmp_path / "f")))
     assert clips.numbers(frames.read(np.array([5, 0, 5]))) == [6, 1, 6]
+
+
+def test_a_url_is_loaded_once_for_pictures_and_sound(tmp_path, monkeypatch):
+    data = clips.write_clip(tmp_path / "a.mp4", 5, audio=True).read_bytes()
+    loaded = []
+    monkeypatch.setattr(sources, "read_bytes", lambda path: loaded.append(path) or data)
+    source = sources.FileSource([Clip("a", "memory://a.mp4"), Clip("b", "memory://b.mp4")])
+    for index in (0, 1, 0):
+        assert len(source.open(index)) == 5
+        assert source.sound(index).source == data
+    assert loaded == ["memory://a.mp4", "memory://b.mp4", "memory://a.mp4"]

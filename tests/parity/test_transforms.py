@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from iv2_jax.data import augment, masking, sampling
+from iv2_jax.data import augment, augment_stage2, masking, sampling
 from tests.parity.goldens import assert_close
 
 _MEAN = np.array([0.485, 0.456, 0.406])
@@ -186,6 +186,16 @@ def test_single_crop_and_validation(case, shape):
     resized = augment.resize_short(chosen, short)
     rows, columns = augment.crop_window(*resized.shape[1:3], short)
     assert np.abs(_normalised(resized[:, rows, columns]) - single).max() < _ONE_LEVEL
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_stage2_pictures(case, antialias):
+    """Spec stage2 8.5 and trap 11.8; every level of every pixel."""
+    frames = case.inputs["s2_transform/frames_TCHW_uint8"].transpose(0, 2, 3, 1)
+    expected = case.outputs[f"s2_transform/antialias_{antialias}"]
+    ours = augment_stage2.stretch(frames, expected.shape[-1], antialias=antialias)
+    normalised = _normalised(ours).transpose(1, 0, 2, 3)
+    assert_close(normalised, expected, 1e-6, "stage-2 pictures")
 
 
 def test_view_fusion(case):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import wave
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -11,7 +12,8 @@ import av
 import av.error
 import numpy as np
 
-from iv2_jax.data.decode import VideoReader
+from iv2_jax.data import audio
+from iv2_jax.data.decode import DecodeError, VideoReader
 from iv2_jax.data.records import Clip
 from iv2_jax.data.sources import open_frames, read_bytes
 
@@ -59,6 +61,32 @@ def encode_clip(
         output.mux(stream.encode(None))
         if sound is not None:
             sound.copy()
+    return file.getvalue()
+
+
+def sound_file(path: str, start: float | None, end: float | None) -> bytes:
+    """The bytes of a sound file, or of a stretch of it as WAV (16 kHz, one channel).
+
+    Args:
+      path: file or URL.
+      start: first second, None for the beginning.
+      end: second at which it ends (not included), None for the end.
+
+    Raises:
+      DecodeError: there is no sound that decodes.
+    """
+    data = read_bytes(path)
+    samples = audio.load_waveform(data, start=start, end=end, name=path, warnings=[])
+    if samples is None:
+        raise DecodeError(path, "has no sound stream")
+    if start is None and end is None:
+        return data
+    file = io.BytesIO()
+    with wave.open(file, "wb") as output:
+        output.setnchannels(1)
+        output.setsampwidth(2)
+        output.setframerate(audio.SAMPLE_RATE)
+        output.writeframes(np.rint(samples * 32767).astype("<i2").tobytes())
     return file.getvalue()
 
 

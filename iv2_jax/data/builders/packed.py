@@ -5,8 +5,9 @@ The folder is a complete TFDS data set (`dataset_info.json`, `features.json`, sh
 TensorFlow. One more file, `iv2_clips.jsonl`, repeats the records without the video bytes, so that
 our loader can list a large set without reading it.
 
-Clips are stored as the bytes of their files. Those with `start` or `end` are cut, which means
-encoding them anew; `short_side` and `gop` ask for that of every clip.
+Clips are stored as the bytes of their files, be it videos, pictures or sound; a sound file of its
+own goes beside them. Videos with `start` or `end` are cut, which means encoding them anew;
+`short_side` and `gop` ask for that of every video. Sound files that are cut become WAV.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from iv2_jax.data import stills
 from iv2_jax.data.builders import encode
 from iv2_jax.data.builders.shards import Shards, new_folder
 from iv2_jax.data.decode import DecodeError, VideoReader
 from iv2_jax.data.records import Clip
-from iv2_jax.data.sources import PACKED_INDEX, FileSource, read_bytes
+from iv2_jax.data.sources import PACKED_INDEX, SOUND_FILES, FileSource, read_bytes
+from iv2_jax.data.stills import Still
 from iv2_jax.errors import DataError
 
 VERSION = "1.0.0"
 _DEFAULT_SPLIT = "train"  # of clips that name none
-_DESCRIPTION = "Clips packed by iv2_jax: `video` holds the bytes of one video file."
+_DESCRIPTION = (
+    "Clips packed by iv2_jax: `video` holds the bytes of one video, picture or sound file, `sound` "
+    "those of a sound file that belongs to it."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +72,16 @@ class PackOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PackReport:
-    """What was packed: clips, bytes, shards by split, and the clips left out with the reason."""
+    """What was packed: clips, bytes, shards by split, and what was left out with the reason.
+
+    `left_out` are clips, `sounds_left_out` sound files of clips that were packed without them.
+    """
 
     clips: int
     bytes: int
     shards: dict[str, int]
     left_out: list[tuple[str, str]]
+    sounds_left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
 def build(
@@ -117,6 +127,7 @@ class _Builder:
             self._features.get_serialized_info()
         )
         self._left_out: list[tuple[str, str]] = []
+        self._sounds_left_out: list[tuple[str, str]] = []
         self._bytes = 0
 
     def run(self, progress: Callable[[], None]) -> PackReport:
@@ -145,14 +156,18 @@ class _Builder:
             raise DataError(f"none of the {len(self._source)} clips decodes; {self._worst()}")
         self._write_tfds(lengths)
         return PackReport(
-            packed, self._bytes, {s: len(n) for s, n in lengths.items()}, self._left_out
+            packed,
+            self._bytes,
+            {s: len(n) for s, n in lengths.items()},
+            self._left_out,
+            self._sounds_left_out,
         )
 
     def _pack(self, index: int) -> bytes | None:
         """The serialised example of one clip, or None when it does not decode."""
         clip = self._source.clips[index]
         try:
-            video = self._video(clip)
+            video = self._file(clip)
         except DecodeError as e:
             self._left_out.append((clip.path, e.reason))
             allowed = self._options.max_bad_share * max(len(self._source), 1)
@@ -162,16 +177,41 @@ class _Builder:
                     f"max_bad_share={self._options.max_bad_share:g} allows; {self._worst()}"
                 ) from e
             return None
-        self._bytes += len(video)
-        example = self._features.encode_example(_example(clip, video))
+        sound = self._sound(clip)
+        self._bytes += len(video) + len(sound)
+        example = self._features.encode_example(_example(clip, video, sound))
         return self._serializer.serialize_example(example)
 
     def _worst(self) -> str:
         """The first clips left out, for a message."""
         return "; ".join(f"{path}: {reason}" for path, reason in self._left_out[:3])
 
+    def _file(self, clip: Clip) -> bytes:
+        """The bytes to store; decodes at least the beginning of what is stored."""
+        if not clip.path:
+            return b""
+        if os.path.isdir(clip.path):
+            return self._video(clip)
+        if clip.path.lower().endswith(stills.EXTENSIONS):
+            data = read_bytes(clip.path)
+            Still(data, name=clip.path, crop=clip.crop).read([0])
+            return data
+        if clip.path.lower().endswith(SOUND_FILES):
+            return encode.sound_file(clip.path, clip.start, clip.end)
+        return self._video(clip)
+
+    def _sound(self, clip: Clip) -> bytes:
+        """The bytes of the clip's sound file, nothing when it has none that decodes."""
+        if clip.sound is None:
+            return b""
+        try:
+            return encode.sound_file(clip.sound, None, None)
+        except DecodeError as e:
+            self._sounds_left_out.append((clip.sound, e.reason))
+            return b""
+
     def _video(self, clip: Clip) -> bytes:
-        """The bytes to store; decodes at least the first frame of what is stored."""
+        """The bytes of a video to store."""
         options = self._options
         cut = clip.start is not None or clip.end is not None
         if cut or options.short_side or options.gop or os.path.isdir(clip.path):
@@ -236,11 +276,16 @@ def features() -> Any:
             "split": text(),
             "group": text(),
             "audio": np.int64,  # -1: not known
+            "sound": tfds.features.Tensor(shape=(), dtype=np.object_),  # empty: none of its own
+            "sound_path": text(),
+            "crop": tfds.features.Sequence(np.float32),  # x0, y0, x1, y1, or nothing
+            "options": tfds.features.Sequence(text()),
+            "answers": tfds.features.Sequence(np.int64),
         }
     )
 
 
-def _example(clip: Clip, video: bytes) -> dict[str, Any]:
+def _example(clip: Clip, video: bytes, sound: bytes) -> dict[str, Any]:
     """A clip as the features have it."""
     return {
         "id": clip.id,
@@ -259,6 +304,11 @@ def _example(clip: Clip, video: bytes) -> dict[str, Any]:
         "split": clip.split or "",
         "group": clip.group or "",
         "audio": -1 if clip.audio is None else int(clip.audio),
+        "sound": sound,
+        "sound_path": clip.sound or "",
+        "crop": list(clip.crop or ()),
+        "options": list(clip.options),
+        "answers": list(clip.answers),
     }
 
 

@@ -22,6 +22,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "mobileclip": ("clip_bpe", "ClipTokenizer"),
     "sentencepiece_chat": ("pieces", "ChatTokenizer"),
     "json": ("json_file", "JsonTokenizer"),
+    "gguf": ("gguf", "GgufTokenizer"),
+    "llama2c": ("llama2c", "Llama2cTokenizer"),
 }
 
 
@@ -30,7 +32,8 @@ def load(kind: str, path: str | Path | None, **options: Any) -> Tokenizer:
 
     Args:
         kind: one of `KINDS`: 'bert' (stage 2, Q-Former), 'llama_clip' (CLIP 1B and 6B),
-            'mobileclip' (CLIP S, B, L), 'sentencepiece_chat' and 'json' (language models).
+            'mobileclip' (CLIP S, B, L), 'sentencepiece_chat', 'json', 'gguf' and 'llama2c'
+            (language models).
         path: its vocabulary file; None only for 'mobileclip', which then takes the one in the
             package open_clip_torch.
         **options: of the class, such as `max_length`.

@@ -9,15 +9,15 @@ import numpy as np
 
 from iv2_jax.data.tokenizers.base import (
     Side,
-    Tokenizer,
     require_file,
     require_library,
     require_size,
 )
+from iv2_jax.data.tokenizers.language_model import LlmTokenizer
 from iv2_jax.errors import DataError
 
 
-class JsonTokenizer(Tokenizer):
+class JsonTokenizer(LlmTokenizer):
     """What a `tokenizer.json` describes; special tokens written in the text become one id each.
 
     Attributes:
@@ -71,6 +71,8 @@ class JsonTokenizer(Tokenizer):
         if missing:
             raise DataError(f"{path} has no token {' and no token '.join(map(repr, missing))}")
         self.bos_id, self.eos_id = ids[bos], ids[eos]
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self.specials = {token.content: index for index, token in added}
         super().__init__(
             max_length=max_length,
             vocab_size=self._tokenizer.get_vocab_size(),

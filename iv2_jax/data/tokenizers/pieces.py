@@ -16,6 +16,7 @@ from iv2_jax.data.tokenizers.base import (
     require_library,
     require_size,
 )
+from iv2_jax.data.tokenizers.language_model import LlmTokenizer
 from iv2_jax.errors import DataError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class LlamaClipTokenizer(Tokenizer):
         return _decode(self._processor, ids).removeprefix(self.PROMPT)
 
 
-class ChatTokenizer(Tokenizer):
+class ChatTokenizer(LlmTokenizer):
     """A language model's tokenizer from its SentencePiece file (Mistral, LLaMA, Vicuna).
 
     Control tokens that are written in the text (`</s>`, `[INST]` where it is one) become one id
@@ -118,13 +119,13 @@ class ChatTokenizer(Tokenizer):
         self._processor = _read_model(path, what, vocab_size, add_space=False)
         self.bos_id, self.eos_id = _special_ids(Path(path), self._processor)
         count = self._processor.vocab_size()
-        self._controls = {
+        self.specials = {
             self._processor.id_to_piece(index): index
             for index in range(count)
             if self._processor.is_control(index) or self._processor.is_unknown(index)
         }
         # Longest first, so that no control token hides one that begins with it.
-        names = sorted(self._controls, key=len, reverse=True)
+        names = sorted(self.specials, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         super().__init__(
             max_length=max_length,
@@ -140,7 +141,7 @@ class ChatTokenizer(Tokenizer):
         ids: list[int] = []
         for number, part in enumerate(self._split.split(text)):
             if number % 2:
-                ids.append(self._controls[part])
+                ids.append(self.specials[part])
             elif part:
                 is_bare = number == 0 and not part.startswith(" ")
                 ids += self._processor.encode(" " + part if is_bare else part)
