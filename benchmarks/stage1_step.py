@@ -15,58 +15,17 @@ agree, or nothing is reported. Takes about 4 minutes on two cores.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import functools
-import json
-import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import side_by_side
+from side_by_side import Variant
 
 LEARNING_RATE, BETAS, EPSILON, DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.05
-QUIET_SHARE = 0.92  # idle share of the CPUs below which a run says that it does not count
-LOSS_LIMIT = 1e-4
-
-
-@dataclasses.dataclass
-class Variant:
-    """One way to take the step.
-
-    Attributes:
-        name: its row.
-        step: takes one step and returns the loss, waiting for the result.
-        first_seconds: of the first call, compilation included.
-        losses: of every step taken.
-        wall: seconds of the timed steps.
-        cpu: CPU seconds of the timed steps, over all threads.
-    """
-
-    name: str
-    step: Callable[[], float]
-    first_seconds: float = 0.0
-    losses: list[float] = dataclasses.field(default_factory=list)
-    wall: list[float] = dataclasses.field(default_factory=list)
-    cpu: list[float] = dataclasses.field(default_factory=list)
-
-    def warm_up(self, calls: int) -> None:
-        """Compiles and settles."""
-        start = time.perf_counter()
-        self.losses.append(self.step())
-        self.first_seconds = time.perf_counter() - start
-        self.losses.extend(self.step() for _ in range(calls - 1))
-
-    def take(self) -> None:
-        """Takes one timed step."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        self.losses.append(self.step())
-        self.wall.append(time.perf_counter() - wall)
-        self.cpu.append(time.process_time() - cpu)
 
 
 def student_config(args: argparse.Namespace) -> Any:
@@ -211,93 +170,12 @@ def torch_step(
     return take
 
 
-def keep_freed_pages() -> bool:
-    """Lets glibc keep freed memory, for both sides; returns whether it agreed.
-
-    XLA takes its temporary buffers afresh for every step. They are so large that glibc maps them
-    and gives them back, so each step touches 800 MB of new pages (202,784 faults, 0.38 s of system
-    time, measured on one thread). One heap without mappings keeps them: no fault at all.
-    Must come before any thread starts.
-    """
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # the names' values in malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False  # no glibc
-    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1))
-    return all(mallopt(name, value) == 1 for name, value in settings)
-
-
-def idle_share(seconds: float) -> float:
-    """Share of CPU time that nobody used over `seconds`."""
-
-    def read() -> tuple[int, int]:
-        fields = [int(v) for v in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        return fields[3] + fields[4], sum(fields)
-
-    idle, total = read()
-    time.sleep(seconds)
-    idle_after, total_after = read()
-    return (idle_after - idle) / max(total_after - total, 1)
-
-
-def wait_until_quiet(patience: float) -> float:
-    """Waits for an idle machine, at most `patience` seconds; returns the last idle share."""
-    deadline = time.monotonic() + patience
-    share = idle_share(3)
-    while share < QUIET_SHARE and time.monotonic() < deadline:
-        time.sleep(10)
-        share = idle_share(3)
-    return share
-
-
-def check_losses(variants: list[Variant]) -> None:
-    """Stops when the first losses say that the sides do not compute the same."""
-    reference = variants[0].losses
-    for variant in variants[1:]:
-        for index in range(3):
-            if not abs(variant.losses[index] - reference[index]) < LOSS_LIMIT:
-                sys.exit(
-                    f"loss {index} of {variant.name} is {variant.losses[index]:.6f}, of "
-                    f"{variants[0].name} {reference[index]:.6f}: not the same step"
-                )
-
-
-def report(variants: list[Variant], ours: Variant, idle: list[float]) -> dict[str, Any]:
-    """Prints the table; returns it as plain values."""
-    titles = {"median s": 10, "min": 8, "max": 8, "CPU s": 8, "first s": 9, "ours/it": 9}
-    print("variant".ljust(26) + "".join(title.rjust(width) for title, width in titles.items()))
-    rows = []
-    median = statistics.median(ours.wall)
-    for variant in variants:
-        row = {
-            "name": variant.name,
-            "median": statistics.median(variant.wall),
-            "min": min(variant.wall),
-            "max": max(variant.wall),
-            "cpu": statistics.median(variant.cpu),
-            "first": variant.first_seconds,
-            "ratio": median / statistics.median(variant.wall),
-            "wall": variant.wall,
-        }
-        rows.append(row)
-        print(
-            f"{row['name']:26}{row['median']:10.3f}{row['min']:8.3f}{row['max']:8.3f}"
-            f"{row['cpu']:8.2f}{row['first']:9.1f}{row['ratio']:9.3f}"
-        )
-    quiet = min(idle) >= QUIET_SHARE
-    print(f"idle before {idle[0]:.0%}, after {idle[1]:.0%}{'' if quiet else ': DOES NOT COUNT'}")
-    return {"variants": rows, "idle": idle, "quiet": quiet}
-
-
 def main() -> int:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each variant")
-    parser.add_argument("--warmup", type=int, default=3, help="untimed steps of each, at least 3")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    side_by_side.add_arguments(parser)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--depth", type=int, default=12)
@@ -305,21 +183,9 @@ def main() -> int:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--gelu", choices=("erf", "tanh"), default="erf")
     parser.add_argument("--unroll", type=int, nargs="+", default=[1], help="blocks per scan turn")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument(
-        "--keep-pages", action="store_true", help="let malloc keep freed memory, for both sides"
-    )
-    parser.add_argument("--only-ours", action="store_true", help="leave PyTorch out")
-    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for quiet")
-    parser.add_argument("--json", help="write the figures there")
     args = parser.parse_args()
 
-    if args.keep_pages and not keep_freed_pages():
-        sys.exit("--keep-pages needs glibc's mallopt, which is not here")
-    # Both sides see the same CPUs; XLA sizes its thread pool by them, torch is told.
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    side_by_side.set_up(args)
 
     config = student_config(args)
     inputs, params = make_inputs(config, args.batch), random_params(config)
@@ -337,23 +203,7 @@ def main() -> int:
                 name = f"torch {'sdpa' if fused else 'plain'} {'compile' if compiled else 'eager'}"
                 step = torch_step(config, params, inputs, fused=fused, compiled=compiled)
                 variants.append(Variant(name, step))
-    for variant in variants:
-        variant.warm_up(max(args.warmup, 3))
-    check_losses(variants)
-
-    idle = [wait_until_quiet(args.patience)]
-    for _ in range(args.rounds):
-        for variant in variants:
-            # OpenMP threads go on spinning for a moment after torch's last parallel region.
-            time.sleep(0.2)
-            variant.take()
-    idle.append(idle_share(3))
-    figures = report(variants, variants[0], idle)
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key != "json"}
-        figures |= {"settings": settings, "tokens": inputs["visible"].shape[1]}
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+    side_by_side.compare(variants, args, {"tokens": inputs["visible"].shape[1]})
     return 0
 
 

@@ -14,10 +14,11 @@ from iv2_jax.errors import UserError, nearest
 # verb -> (module with add_arguments and run, one line of help)
 VERBS = {
     "train": ("iv2_jax.train.commands", "train a stage from a config file"),
-    "eval": ("iv2_jax.eval.commands", "linear and k-NN probes of a checkpoint's encoder"),
+    "eval": ("iv2_jax.eval.commands", "probes, retrieval and zero-shot recognition"),
     "data": ("iv2_jax.data.commands", "build, validate and time data sets"),
     "export": ("iv2_jax.interop.export_command", "write a checkpoint in PyTorch's names"),
     "import": ("iv2_jax.interop.import_command", "read PyTorch weights into a checkpoint"),
+    "assemble": ("iv2_jax.train.assemble_command", "put a run's starting weights together"),
     "zoo": ("iv2_jax.interop.zoo_command", "list the models, or one model's parameters"),
     "demo": ("iv2_jax.demo.commands", "the whole of stage 1 on real clips, with a report"),
 }

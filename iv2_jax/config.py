@@ -223,27 +223,46 @@ def apply_overrides(cls: type, values: dict[str, Any], overrides: Mapping[str, s
 
 
 def _set_field(cls: type, raw: dict[str, Any], dotted: str, value: Any) -> None:
-    """Sets `dotted` in the nested dict `raw`, creating the dicts of dataclass-typed fields."""
+    """Sets `dotted` in the nested dict `raw`, creating the dicts on the way to it.
+
+    Fields of dataclasses are looked up; keys of dicts are taken as they come (`data.media.video`);
+    entries of lists are named by number and must be there (`init.0.path`).
+    """
     node, schema, walked = raw, cls, "config"
     names = dotted.split(".")
-    for depth, name in enumerate(names):
-        if schema is not None:
-            hints = typing.get_type_hints(schema)
-            if name not in hints:
-                raise ConfigError(f"unknown field {walked}.{name}{nearest(name, hints)}")
-            schema = _dataclass_of(hints[name])
-        if depth == len(names) - 1:
-            node[name] = value
-            return
+    for i, name in enumerate(names):
+        key, schema = _look_up(node, schema, name, walked)
         walked = f"{walked}.{name}"
-        if not isinstance(node.get(name), dict):
-            node[name] = {}
-        node = node[name]
+        if i == len(names) - 1:
+            node[key] = value
+            return
+        if isinstance(node, dict) and not isinstance(node.get(key), dict | list):
+            node[key] = {}
+        node = node[key]
 
 
-def _dataclass_of(hint: Any) -> Any:
-    """The dataclass an annotation holds (`X`, `X | None`), or None."""
+def _look_up(node: Any, schema: Any, name: str, walked: str) -> tuple[str | int, Any]:
+    """Key of a field in the raw values, and the schema of what is in it (None: anything)."""
+    if isinstance(node, list):
+        if not name.isdigit() or int(name) >= len(node):
+            raise ConfigError(f"{walked} has entries 0 to {len(node) - 1}, {walked}.{name} is none")
+        return int(name), typing.get_args(schema)[0] if schema else None
+    if dataclasses.is_dataclass(schema):
+        hints = typing.get_type_hints(schema)
+        if name not in hints:
+            raise ConfigError(f"unknown field {walked}.{name}{nearest(name, hints)}")
+        return name, _nested(hints[name])
+    if typing.get_origin(schema) is tuple:
+        raise ConfigError(f"{walked} has no entries to set {name!r} of; give the whole list")
+    if typing.get_origin(schema) in (dict, Mapping):
+        return name, _nested(typing.get_args(schema)[1])
+    return name, None
+
+
+def _nested(hint: Any) -> Any:
+    """What fields can be looked up in of an annotation (`X`, `X | None`), or None."""
     for candidate in (hint, *typing.get_args(hint)):
         if dataclasses.is_dataclass(candidate):
-            return candidate
+            # A dict or tuple of dataclasses is walked through by key or number.
+            return hint if typing.get_origin(hint) in (dict, Mapping, tuple) else candidate
     return None

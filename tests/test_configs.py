@@ -14,7 +14,16 @@ from iv2_jax.train.program import build_program
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Trainable parameters of the students (spec stage1 section 1).
 SHIPPED = {
+    "clip/internvideo2_clip_1b.py": 7_704_737_537,
+    "clip/internvideo2_clip_1b.py:lora": None,
+    "clip/internvideo2_clip_6b.py": 12_625_764_097,
+    "clip/internvideo2_clip_6b.py:full": 12_625_764_097,
+    "clip/internvideo2_clip_small.py:small": 86_867_201,
+    "clip/internvideo2_clip_small.py:base": 153_262_337,
+    "clip/internvideo2_clip_small.py:large": 372_752_641,
+    "clip/internvideo2_clip_small.py:large,full": 372_752_641,
     "demo/stage1.py": None,
+    "demo/stage2.py": None,
     "stage1/internvideo2_1b.py": 1_070_042_752,
     "stage1/internvideo2_6b.py": 6_075_947_392,
     "stage1/distill.py:small": 29_169_792,

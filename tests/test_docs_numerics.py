@@ -15,10 +15,9 @@ DOC = Path(__file__).resolve().parents[1] / "docs" / "numerics.md"
 
 MODULES = {
     "data.dialogue": ("Bos",),
-    "data.fbank": ("clip_features",),
+    "data.modalities": ("AudioConfig",),
     "data.pipeline": ("DataConfig",),
     "data.prompts": ("BridgeText", "Template", "get_template"),
-    "data.sampling": ("dense_validation", "spread_random"),
     "data.shots": ("scenes",),
     "data.tiles": ("TilingConfig",),
     "data.tokenizers.wordpiece": ("BertTokenizer",),
@@ -37,8 +36,8 @@ MODULES = {
     "models.teachers.videomae": ("VideoMAEConfig",),
     "models.text.mobileclip": ("MobileClipConfig",),
     "models.video_encoder": ("EncoderConfig",),
-    "objectives.contrastive": ("clamp_temperature", "scale_gradient"),
-    "objectives.matching": ("negative_weights", "uniform_weights"),
+    "objectives.contrastive": ("clamp_temperature", "contrastive_loss", "scale_gradient"),
+    "objectives.matching": ("matching_loss", "mine_negatives"),
     "objectives.next_token": ("next_token_loss",),
     "train.distill": ("DistillConfig", "LossWeights", "MaskConfig"),
     "train.optim": ("OptimizerConfig",),

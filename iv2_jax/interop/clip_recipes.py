@@ -10,7 +10,6 @@ are passed on unread.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -20,9 +19,9 @@ import numpy as np
 from flax import traverse_util
 from flax.core import meta
 
-from iv2_jax.errors import CheckpointError, ConfigError
+from iv2_jax.errors import ConfigError
 from iv2_jax.interop import entries as entries_lib
-from iv2_jax.interop.tensor_file import TensorRef
+from iv2_jax.interop.position_files import fit_positions
 from iv2_jax.interop.torch_keys.clip import (
     IGNORABLE,
     clip_delta_map,
@@ -32,7 +31,6 @@ from iv2_jax.interop.torch_keys.clip import (
 )
 from iv2_jax.interop.torch_keys.video import HEADS, encoder_map
 from iv2_jax.models import lora as lora_lib
-from iv2_jax.models import positions
 from iv2_jax.models.clip import ClipConfig, SmallClipConfig, VisionAlign
 from iv2_jax.models.lora import LoraConfig
 from iv2_jax.models.text.llama_clip import LORA, LORA_TARGETS
@@ -80,7 +78,9 @@ def clip_from_parts(
     """
     if config.vision.separable_positions:
         raise ConfigError("vision.separable_positions: a stage-2 encoder has joint positions only")
-    vision = _fitted_positions(_with_prefix(stage2_vision, _VISION), config, vision_frames)
+    vision = fit_positions(
+        _with_prefix(stage2_vision, _VISION), config.vision, frames=vision_frames, prefix=_VISION
+    )
     dropped = {_under(_VISION, pattern): reason for pattern, reason in HEADS.items()}
     out = _part(
         vision,
@@ -249,36 +249,6 @@ def _with_prefix(tensors: Tensors, prefix: str, own: str = ".*") -> Tensors:
 def _under(prefix: str, pattern: str) -> str:
     """A pattern of whole keys, for keys with a prefix."""
     return rf"{re.escape(prefix)}(?:{pattern})"
-
-
-def _fitted_positions(tensors: Tensors, config: ClipConfig, frames: int) -> Tensors:
-    """The video encoder's tensors with `pos_embed` resized to the config's clip, unread."""
-    key = f"{_VISION}pos_embed"
-    if key not in tensors:
-        return tensors  # the check of the part says that it is missing
-    table, grid = tensors[key], config.vision.grid
-    rows = table.shape[1] - 1
-    side = math.isqrt(max(rows, 0) // frames)
-    if frames * side * side != rows:
-        raise CheckpointError(
-            f"the stage-2 model's {key} has {rows} rows beside the class token's, which "
-            f"vision_frames={frames} square frames cannot have"
-        )
-    if (frames, side, side) == grid:
-        return tensors
-
-    shape = (1, 1 + math.prod(grid), table.shape[2])
-    if isinstance(table, jax.ShapeDtypeStruct):
-        return {**tensors, key: jax.ShapeDtypeStruct(shape, table.dtype)}
-
-    def read() -> np.ndarray:
-        values = np.asarray(table)
-        resized = positions.resize_positions(
-            values.astype(np.float32), (frames, side, side), grid, has_cls=True
-        )
-        return resized.astype(values.dtype)
-
-    return {**tensors, key: TensorRef(shape, np.dtype(table.dtype), read)}
 
 
 def _drawn_align(config: SmallClipConfig, seed: int) -> dict[str, np.ndarray]:

@@ -11,11 +11,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="source",
         required=True,
-        help=".safetensors, .pt, .pth or .bin file, sharded index (*.index.json), folder with "
-        "shards or a DeepSpeed checkpoint, or folder that `iv2 export` wrote",
+        help=".safetensors, .pt, .pth, .bin or .gguf file, sharded index (*.index.json), folder "
+        "with shards or a DeepSpeed checkpoint, or folder that `iv2 export` wrote",
     )
     parser.add_argument(
-        "--model", help="name of the model (`iv2 zoo` lists them); not for an exported one"
+        "--model",
+        help="name of the model (`iv2 zoo` lists them); not for an exported one, nor for a "
+        "language model in a GGUF file or in a folder with its config.json",
     )
     parser.add_argument("--out", required=True, help="workdir to make; holds the checkpoint")
     parser.add_argument(
@@ -44,6 +46,8 @@ examples:
   iv2 import --from stage2.pt --prefix vision_encoder. --model internvideo2_1b --out runs/1b_s2
   iv2 import --from Chat-8B/ --model internvideo2_chat_8b --out runs/chat
   iv2 import --from exported/ --out runs/again
+  iv2 import --from Mistral-7B-Instruct-v0.3/ --dtype bfloat16 --out runs/mistral
+  iv2 import --from SmolLM2-135M-Instruct.Q4_1.gguf --out runs/smollm2
 
 Every key and shape must fit; else the misfits are listed, with what the file seems to be, and
 nothing is written. The name of a bare encoder leaves out alignment heads and classifier, and says

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from iv2_jax.errors import ConfigError
-from iv2_jax.interop import families, identify, load, run_config, stream
+from iv2_jax.interop import families, hf_llm, identify, load, run_config, stream
 from iv2_jax.interop.entries import MisfitError
 from iv2_jax.models import zoo
 
@@ -56,7 +56,8 @@ def import_model(
 
     Args:
         source: as in `load.open_tensors`, or a folder that `iv2 export` wrote.
-        model: name in the zoo; None for an exported folder, which says what it holds.
+        model: name in the zoo; None for an exported folder and for a language model (Hugging Face
+            folder or GGUF file), which say what they hold.
         out: workdir to make.
         options: see `ImportOptions`.
 
@@ -95,6 +96,8 @@ def _what_to_read(source: Path, model: str | None) -> tuple[Any, Path]:
         if model:
             raise ConfigError("--model is not needed: the exported folder says what it holds")
         return run_config.read_exported(source), run_config.exported_weights(source)
+    if not model and hf_llm.is_llm_source(source):
+        return hf_llm.read_config(source), source
     if not model:
         raise ConfigError("--model must name the model that the file holds; see `iv2 zoo`")
     return zoo.get(model), source

@@ -12,7 +12,7 @@ import numpy as np
 
 from iv2_jax.errors import CheckpointError
 from iv2_jax.interop import entries as entries_lib
-from iv2_jax.interop import pickled_file, safetensors_file, shards
+from iv2_jax.interop import gguf_file, pickled_file, safetensors_file, shards
 from iv2_jax.interop.pickled_file import WRAPPERS
 from iv2_jax.interop.tensor_file import TensorFile, TensorRef
 
@@ -25,8 +25,8 @@ def open_tensors(path: str | Path, *, wrapper: str | None = None) -> TensorFile:
     """Opens weights.
 
     Args:
-        path: `.safetensors`; a `.pt`, `.pth` or `.bin` that `torch.save` wrote (a flat dict of
-            tensors, or one with such a dict under `module` or `model`, as DeepSpeed's
+        path: `.safetensors`; `.gguf`; a `.pt`, `.pth` or `.bin` that `torch.save` wrote (a flat
+            dict of tensors, or one with such a dict under `module` or `model`, as DeepSpeed's
             `mp_rank_00_model_states.pt` has); a sharded index (`*.index.json`); or a folder with
             an index, shards or a DeepSpeed checkpoint.
         wrapper: key to take the weights from; None takes a flat dict or the first of `WRAPPERS`
@@ -97,9 +97,16 @@ def _open_file(path: Path, wrapper: str | None) -> TensorFile:
     """Opens one weight file by its ending."""
     if path.suffix == safetensors_file.ENDING:
         return TensorFile(path, safetensors_file.open_safetensors(path))
+    if path.suffix == gguf_file.ENDING:
+        return gguf_file.open_gguf(path)
     if path.suffix in pickled_file.ENDINGS:
         return pickled_file.open_pickled(path, wrapper)
-    endings = (safetensors_file.ENDING, *pickled_file.ENDINGS, shards.INDEX_ENDING)
+    endings = (
+        safetensors_file.ENDING,
+        gguf_file.ENDING,
+        *pickled_file.ENDINGS,
+        shards.INDEX_ENDING,
+    )
     raise CheckpointError(f"{path}: the ending {path.suffix!r} is none of {', '.join(endings)}")
 
 

@@ -43,6 +43,7 @@ class Stage2Config:
         av_matching: has a matching head for audio and video together; needs `av_fusion`, whose
             vectors its negatives are found by.
         temp_init: starting temperature; similarities are divided by it.
+        contrast_bias_init: starting bias of the sigmoid loss, such as -10; None for no bias.
 
     Raises:
         ConfigError: a field does not fit another; the message names both.
@@ -57,6 +58,7 @@ class Stage2Config:
     audio_matching: bool = False
     av_matching: bool = False
     temp_init: float = 0.07
+    contrast_bias_init: float | None = None
 
     def __post_init__(self) -> None:
         if self.joint_width < 1:
@@ -204,6 +206,9 @@ class Stage2(nn.Module):
         # Kept in float32: bfloat16 rounds 0.07 to 0.0698 (spec stage2 11.5).
         init = boxed(nn.initializers.constant(c.temp_init))
         self.temp = self.param("temp", init, (), jnp.float32)
+        if c.contrast_bias_init is not None:
+            init = boxed(nn.initializers.constant(c.contrast_bias_init))
+            self.contrast_bias = self.param("contrast_bias", init, (), jnp.float32)
 
     def _linear(self, in_width: int, in_axis: str, out_width: int) -> Linear:
         """A map whose output's axis is too small to be split."""
@@ -347,7 +352,7 @@ class Stage2(nn.Module):
 
     def fuse(
         self,
-        tokens: jax.Array,
+        tokens: jax.Array | None,
         hidden: jax.Array,
         mask: jax.Array | None,
         *,
@@ -360,7 +365,7 @@ class Stage2(nn.Module):
 
         Args:
             tokens: `(B, N, text.context_width)` of the media; for audio with video the audio's
-                tokens first (`join_tokens`).
+                tokens first (`join_tokens`); None for text alone.
             hidden: `(B, L, D)` from `encode_text`.
             mask: `(B, L)` of the text, or None.
             train: turns dropout on (rng stream `dropout`).

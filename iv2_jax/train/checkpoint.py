@@ -255,7 +255,7 @@ def load_params(
     config = json.loads((item / "config" / "metadata").read_text())
     if not ema:
         return _read_numpy(item / "params"), config
-    average = _read_numpy(item / "train").get("ema")
+    average = _read_numpy(item / "train").get("ema") if (item / "train").is_dir() else None
     if average is None:
         raise CheckpointError(f"{item} has no moving average (optimizer.ema_decay was 0)")
     return average, config

@@ -256,7 +256,7 @@ class DistillStage(Stage):
     def _loader_masks(self) -> bool:
         return self.config.mask.kind in ("tube", "random")
 
-    def tokens_per_clip(self) -> int:
+    def tokens_per_clip(self, kind: str = "") -> int:
         """Visible tokens, class token included."""
         draws = self.config.student.encoder.grid[0] if self.config.mask.scope == "frame" else 1
         return 1 + draws * self._visible_per_draw()

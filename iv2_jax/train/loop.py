@@ -152,7 +152,7 @@ class _Loop:
     ) -> tuple[str, TrainState]:
         """The steps themselves, with the evaluations and checkpoints between them."""
         config, step = self.config, first
-        clock = Clock(config.batch_size, self.stage.tokens_per_clip())
+        clock = Clock()
         pending = None  # metrics of the step before: fetched while the next one runs
         while step < config.steps:
             with clock.waiting():
@@ -160,12 +160,12 @@ class _Loop:
             self.replaced += int(np.sum(batch.get("replaced", 0)))
             arrays = to_device(batch, self.stage.host_arrays, self.program.mesh)
             with jax.transfer_guard("disallow"):
-                train_step = self.compiled[batch.get("media", "")]
-                state, metrics = train_step(state, self.frozen, arrays, self.key)
+                kind = batch.get("media", "")
+                state, metrics = self.compiled[kind](state, self.frozen, arrays, self.key)
             step += 1
             if pending and not self.report(*pending):
                 return "nan", state
-            pending = (step, metrics, clock)
+            pending = (step, metrics, clock, kind)
             stopping = stop.requested or (config.stop_after and step - first >= config.stop_after)
             if stopping or self.eval_due(step) or self.checkpointer.due(step):
                 # A checkpoint must not hold a NaN, so its own step is looked at first.
@@ -187,10 +187,11 @@ class _Loop:
         every = self.config.eval_every
         return bool(every) and step % every == 0 and step < self.config.steps
 
-    def report(self, step: int, metrics: dict[str, jax.Array], clock: Clock) -> bool:
+    def report(self, step: int, metrics: dict[str, jax.Array], clock: Clock, kind: str) -> bool:
         """Fetches and writes the metrics of a step; False when its loss is not finite."""
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        values |= clock.tick(step)
+        clips = next(iter(self.program.abstract_batches[kind].values())).shape[0]
+        values |= clock.tick(clips, clips * self.stage.tokens_per_clip(kind))
         values["replaced"] = float(self.replaced)
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         if step % self.config.log_every == 0 or step == self.config.steps or not finite:

@@ -115,10 +115,9 @@ def _short(values: Mapping[str, float], limit: int = 12) -> str:
 class Clock:
     """Throughput and the share of time spent waiting for data, per step."""
 
-    def __init__(self, batch_size: int, tokens_per_clip: int) -> None:
-        self._batch_size, self._tokens = batch_size, tokens_per_clip
+    def __init__(self) -> None:
         self._last = time.monotonic()
-        self._last_step: int | None = None
+        self._started = False
         self._waited = 0.0
 
     @contextmanager
@@ -128,18 +127,16 @@ class Clock:
         yield
         self._waited += time.monotonic() - start
 
-    def tick(self, step: int) -> dict[str, float]:
-        """Rates since the last tick; the first one is left out, it holds the compilation."""
+    def tick(self, clips: int, tokens: int) -> dict[str, float]:
+        """Rates of a step of so many clips and tokens; the first is left out, it fills the pipe."""
         now = time.monotonic()
         elapsed = max(now - self._last, 1e-9)
-        steps = 0 if self._last_step is None else step - self._last_step
         waited, self._waited = self._waited, 0.0
-        self._last, self._last_step = now, step
-        if not steps:
+        started, self._last, self._started = self._started, now, True
+        if not started:
             return {}
-        clips = steps * self._batch_size / elapsed
         return {
-            "clips_per_s": clips,
-            "tokens_per_s": clips * self._tokens,
+            "clips_per_s": clips / elapsed,
+            "tokens_per_s": tokens / elapsed,
             "data_wait": min(waited / elapsed, 1.0),
         }

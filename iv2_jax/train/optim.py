@@ -24,6 +24,7 @@ from iv2_jax.parallel.rules import path_name
 NO_DECAY = (
     (r".*/(bias|scale|gamma)", 0.0),
     (r"(.*/)?(cls_token|(clip_|mae_)?(img_)?pos_embed(_spatial|_temporal|_cls)?)", 0.0),
+    (r"temp|contrast_bias", 0.0),
     (r"(.*/)?down_norm/(mean|var|count)", 0.0),  # running statistics: nothing may pull at them
 )
 

@@ -135,8 +135,8 @@ class Stage(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def tokens_per_clip(self) -> int:
-        """Tokens that the trained model sees of one clip, for throughput."""
+    def tokens_per_clip(self, kind: str = "") -> int:
+        """Tokens that the trained model sees of one clip of a kind of batch, for throughput."""
 
     @abc.abstractmethod
     def train_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from iv2_jax.data.builders.shards import new_folder
+from iv2_jax.data.corpora import open_data
 from iv2_jax.data.pipeline import DataConfig, make_loader
-from iv2_jax.data.sources import ClipSource, open_source
+from iv2_jax.data.sources import ClipSource
 from iv2_jax.data.targets import TargetWriter
 from iv2_jax.errors import ConfigError
 from iv2_jax.models.teachers import stored
@@ -73,13 +74,7 @@ def write_teacher_features(
 
 def _open(data: DataConfig) -> ClipSource:
     """The clips of a part."""
-    return open_source(
-        data.source,
-        format=data.format,
-        prefix=data.prefix,
-        split=data.split,
-        separator=data.separator,
-    )
+    return open_data(data)
 
 
 class _Teach:

@@ -50,7 +50,7 @@ class ToyStage(Stage):
     def abstract_batches(self, batch_size):
         return {"": {"x": jax.ShapeDtypeStruct((batch_size, self.config.width), jnp.float32)}}
 
-    def tokens_per_clip(self):
+    def tokens_per_clip(self, kind=""):
         return 1
 
     def loss_fn(self, params, frozen, batch, rng, *, train):

@@ -62,6 +62,8 @@ def stage2_map(config: Stage2Config, *, path_prefix: str = "", key_prefix: str =
     if config.audio is not None:
         sizes["A"] = config.audio.width
     rules = [("temp", "temp", ""), *_joint_rules(config)]
+    if config.contrast_bias_init is not None:
+        rules.append(("contrast_bias", "contrast_bias", ""))
     return build_entries(rules, sizes, 0, path_prefix, key_prefix) + entries
 
 

@@ -64,6 +64,9 @@ class Stage2(nn.Module):
         vision, text, joint = config["vision"], config["text"], config["joint_width"]
         width, tokens = text["width"], text["context_width"]
         self.temp = nn.Parameter(torch.tensor(float(config["temp_init"])))
+        bias = config.get("contrast_bias_init")
+        if bias is not None:  # of the sigmoid loss, which the original has not
+            self.contrast_bias = nn.Parameter(torch.tensor(float(bias)))
         self.vision_encoder = Student(vision, fused_attention=fused_attention)
         self.text_encoder = build_text(text)
         self.vision_proj = nn.Linear(vision["encoder"]["pool_width"], joint)

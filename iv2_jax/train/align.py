@@ -1,0 +1,284 @@
+"""Stage 2: multimodal alignment of video, sound, speech and text (paper 3.2, spec stage2 6 and 8).
+
+One step sees one media type (or, mixed with padding, all of them); which arrays a batch has decides
+what runs, and each media type has a step of its own, compiled before the first.
+
+A batch, rows split over the mesh's data and fsdp axes:
+  video           (B, T, H, W, 3) uint8, RGB: image (T = 1), video, audio_video
+  fbank           (B, frames, mels) float32, normalised log-mel energies: audio, audio_video
+  text_<caption>  (B, L) int32, token ids of the caption of that name, padded; only padding where a
+                  row has none
+  match_id        (B,) int32, rows of equal id are positives of each other
+  has_video       (B,) bool, only in mixed batches
+  has_audio       (B,) bool, with fbank: False for rows without usable sound
+  valid           (B,) bool, evaluation only: False for the rows that fill up the last batch
+and on the host only:
+  media           the media type
+  index, replaced (B,) int32, as in stage 1
+A row counts in a term only if it has the media and the words that the term compares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from iv2_jax.data.data_config import DataConfig
+from iv2_jax.data.mixing import MIXED, make_mixed_loader
+from iv2_jax.data.modalities import WITH_PICTURES, WITH_SOUND
+from iv2_jax.data.pipeline import make_loader
+from iv2_jax.errors import ConfigError
+from iv2_jax.models import kinds, masking, teachers
+from iv2_jax.models.stage2 import Stage2
+from iv2_jax.models.teachers.base import Teacher, TeacherOutput
+from iv2_jax.objectives import contrastive
+from iv2_jax.parallel.rules import path_name
+from iv2_jax.train import optim
+from iv2_jax.train.align_config import AlignConfig, Towers, VisionMask
+from iv2_jax.train.align_terms import BatchTerms, Draws, named_rng
+from iv2_jax.train.batches import abstract_batches
+from iv2_jax.train.init_towers import load_towers
+from iv2_jax.train.stage import Batch, Metrics, Stage
+
+# Parameters whose freezing makes a tower a frozen one.
+_TOWERS = Towers(
+    vision="vision_encoder/encoder/blocks/",
+    text="text_encoder/text_layers/",
+    audio="audio_encoder/",
+    fusion="text_encoder/fusion_layers/",
+)
+
+
+class AlignStage(Stage):
+    """A stage-2 model and its terms."""
+
+    host_arrays: ClassVar[tuple[str, ...]] = ("index", "replaced", "media")
+
+    def __init__(self, config: AlignConfig) -> None:
+        self.config = config
+        self.model = Stage2(config.stage2)
+        self.teacher: Teacher | None = None
+        if config.teacher is not None:
+            self.teacher = teachers.get(config.teacher.name, config.teacher.options)
+            self._check_teacher()
+        self._trained = self._trained_towers()
+
+    def _check_teacher(self) -> None:
+        """The decoders of the vision tower must fit the teacher."""
+        heads, teacher, model = self.config.stage2.vision.clip, self.teacher, self.config.stage2
+        if heads is None:
+            raise ConfigError("config.teacher is given, but stage2.vision.clip is None")
+        encoder = model.vision.encoder
+        for name, ours, theirs in (
+            ("clip.width", heads.width, teacher.width),
+            ("clip.layers", len(heads.layers), teacher.num_layers),
+            ("clip.has_cls", heads.has_cls, teacher.has_cls),
+            ("clip grid", encoder.grid, teacher.grid(encoder.num_frames, encoder.image_size)),
+            ("final_width", model.vision.final_width, teacher.pooled_width),
+        ):
+            if ours != theirs:
+                raise ConfigError(
+                    f"stage2.vision.{name} is {ours}, teacher {self.config.teacher.name} gives "
+                    f"{theirs}"
+                )
+
+    def _trained_towers(self) -> Towers:
+        """Which towers have blocks that are trained."""
+        params = kinds.of(self.config.stage2).abstract_params(self.config.stage2)
+        trained = optim.trainable(self.config.optimizer, params)
+        paths = [path_name(p) for p, on in jax.tree_util.tree_leaves_with_path(trained) if on]
+        return Towers(*(any(p.startswith(prefix) for p in paths) for prefix in _TOWERS))
+
+    def init_params(self, rng: jax.Array) -> Any:
+        """Fresh parameters (boxed)."""
+        model = self.config.stage2
+        inputs = kinds.of(model).inputs(model)
+        arrays = {
+            name: jnp.zeros(x.shape, x.dtype)
+            for name, x in inputs.items()
+            if isinstance(x, jax.ShapeDtypeStruct)
+        }
+        return self.model.init({"params": rng}, **arrays)["params"]
+
+    def starting_params(self) -> Any:
+        """What `init` names, as a part of the parameter tree."""
+        return load_towers(self.config.init, self.config.stage2)
+
+    def load_frozen(self) -> Any:
+        """Weights of the teacher."""
+        return {} if self.teacher is None else self.teacher.load()
+
+    def abstract_frozen(self) -> Any:
+        """Shapes of `load_frozen`."""
+        return {} if self.teacher is None else jax.eval_shape(self.teacher.init, jax.random.key(0))
+
+    def abstract_batches(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """See the module's docstring."""
+        return abstract_batches(self.config.data, batch_size)
+
+    def tokens_per_clip(self, kind: str = "") -> int:
+        """Tokens of all towers in training: visible patches, sound, and its captions."""
+        config = self.config
+        media = config.data.media.values() if kind == MIXED else [config.data.media[kind]]
+        tokens = 0
+        if any(data.media in WITH_PICTURES for data in media):
+            mask = config.image_mask if kind == "image" else config.video_mask
+            tokens += 1 + self._num_visible(mask, images=kind == "image")
+        if any(data.media in WITH_SOUND for data in media):
+            tokens += config.stage2.audio.num_tokens
+        return tokens + max(data.text.max_length for data in media)
+
+    def _num_visible(self, mask: VisionMask, *, images: bool) -> int:
+        """Visible patches."""
+        frames, height, width = self.config.stage2.vision.encoder.grid
+        frames = 1 if images else frames
+        if mask.kind == "none":
+            return frames * height * width
+        if mask.kind == "random":
+            return masking.num_visible(frames * height * width, mask.ratio)
+        return frames * masking.num_visible(height * width, mask.ratio)
+
+    def loss_fn(
+        self, params: Any, frozen: Any, batch: Batch, rng: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, Metrics]:
+        """Sum of the weighted terms of the batch's media type."""
+        loss = self.config.loss
+        names = self._names(batch)
+        teacher = self._teach(frozen, batch, names, train)
+        visible = self._visible(batch, teacher, rng) if train else None
+        towers = Towers(*(train and (on or self._all_train) for on in self._trained))
+        draws = Draws(rng, loss, self.config.stage2.text.vocab_size)
+        given = {"visible": visible, "teacher": teacher, "train": towers}
+        terms = self.model.apply(
+            {"params": params},
+            method=lambda model: BatchTerms(model, loss, batch, names, draws, **given).compute(),
+            rngs={name: named_rng(rng, name) for name in ("droppath", "dropout")},
+        )
+        total = sum(loss.weights[name] * value for name, value in terms.items())
+        metrics = {f"loss_{name}": value for name, value in terms.items()}
+        return total, metrics | {"temperature": params["temp"].astype(jnp.float32)}
+
+    @property
+    def _all_train(self) -> bool:
+        return self.config.frozen_towers_in_train_mode
+
+    def _names(self, batch: Batch) -> tuple[str, ...]:
+        """The terms of a batch."""
+        loss = self.config.loss
+        if "has_video" in batch:
+            media = set(self.config.data.media)
+            running = {name for kind in media for name in loss.terms(kind)}
+            return tuple(name for name in loss.all_terms() if name in running)
+        return loss.terms(media_of(batch))
+
+    def _teach(
+        self, frozen: Any, batch: Batch, names: tuple[str, ...], train: bool
+    ) -> TeacherOutput | None:
+        """What the teacher gives of the batch's pictures, if anything needs it."""
+        guides = train and "video" in batch and self._mask(batch).kind == "attention"
+        if self.teacher is None or not (guides or "uta" in names):
+            return None
+        return jax.lax.stop_gradient(self.teacher(frozen, batch["video"]))
+
+    def _mask(self, batch: Batch) -> VisionMask:
+        is_image = batch["video"].shape[1] == 1
+        return self.config.image_mask if is_image else self.config.video_mask
+
+    def _visible(
+        self, batch: Batch, teacher: TeacherOutput | None, rng: jax.Array
+    ) -> jax.Array | None:
+        """Draws the visible video tokens: (B, N) int32, sorted, class token first."""
+        if "video" not in batch or self._mask(batch).kind == "none":
+            return None
+        mask, (rows, frames) = self._mask(batch), batch["video"].shape[:2]
+        encoder = self.config.stage2.vision.encoder
+        _, height, width = encoder.grid
+        grid = (max(frames // encoder.tubelet, 1), height, width)
+        rng = named_rng(rng, "mask")
+        if mask.kind == "attention":
+            given = self.teacher.saliency_grid(frames, encoder.image_size)
+            saliency = masking.resize_saliency(teacher.saliency, given, grid)
+            count = masking.num_visible(height * width, mask.ratio)
+            noise = jax.random.exponential(rng, saliency.shape)
+            return masking.attention_guided_visible(saliency, noise, count)
+        drawn = grid if mask.kind == "random" else (1, height, width)
+        saliency = masking.uniform_saliency(rows, drawn)
+        noise = jax.random.exponential(rng, saliency.shape)
+        count = masking.num_visible(drawn[0] * height * width, mask.ratio)
+        visible = masking.attention_guided_visible(saliency, noise, count, scope="clip")
+        return visible if mask.kind == "random" else _in_every_frame(visible, grid)
+
+    def project(self, params: Any) -> Any:
+        """Stores the clamped temperature, as the original does before every forward pass."""
+        low, high = contrastive.MIN_TEMPERATURE, contrastive.MAX_TEMPERATURE
+        return {**params, "temp": jnp.clip(params["temp"], low, high)}
+
+    def evaluate(self, params: Any, frozen: Any, mesh: Mesh) -> dict[str, float]:
+        """Zero-shot retrieval over `eval_data`."""
+        from iv2_jax.eval.retrieval_task import evaluate_retrieval
+
+        del frozen
+        config = self.config
+        if config.eval_data is None or not config.retrieval.enabled:
+            return {}
+        data = config.eval_data
+        if config.retrieval.media:
+            media = config.retrieval.media
+            audio = data.audio if media in WITH_SOUND else None
+            data = dataclasses.replace(data, media=media, audio=audio)
+        result = evaluate_retrieval(
+            params,
+            config.stage2,
+            data,
+            rerank_top=config.retrieval.rerank_top,
+            batch_size=config.retrieval.batch_size or config.batch_size,
+            mesh=mesh,
+        )
+        return result.metrics
+
+    def train_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """Endless training batches from `start_step` on."""
+        return make_mixed_loader(
+            self.config.data,
+            seed=self.config.seed,
+            global_batch=self.config.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            start_step=start_step,
+        )
+
+    def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """The held-out clips once, in order."""
+        data: DataConfig | None = self.config.eval_data
+        if data is None:
+            return (batch for batch in ())
+        return make_loader(
+            dataclasses.replace(data, eval=True),
+            seed=self.config.seed,
+            global_batch=self.config.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+
+def media_of(batch: Batch) -> str:
+    """Media type of a batch that holds one."""
+    if "video" in batch:
+        if "fbank" in batch:
+            return "audio_video"
+        return "image" if batch["video"].shape[1] == 1 else "video"
+    return "audio" if "fbank" in batch else "text"
+
+
+def _in_every_frame(visible: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
+    """Visible tokens (B, 1 + n) of one frame, repeated in all: (B, 1 + T n)."""
+    frames, height, width = grid
+    offsets = jnp.arange(frames, dtype=visible.dtype) * (height * width)
+    patches = visible[:, None, 1:] + offsets[None, :, None]
+    return jnp.concatenate([visible[:, :1], patches.reshape(len(visible), -1)], axis=1)
