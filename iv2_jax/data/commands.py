@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from iv2_jax.data.instruct import command as dialogues
 from iv2_jax.errors import ConfigError
 
 TAKES_OVERRIDES = True  # of teacher-features
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_build(commands)
     _add_bench(commands)
     _add_teacher_features(commands)
+    dialogues.add_command(commands)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         "build": _build,
         "bench": _bench,
         "teacher-features": _teacher_features,
+        dialogues.NAME: dialogues.run,
     }
     return commands[args.data_command](args)
 

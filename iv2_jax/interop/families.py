@@ -107,7 +107,7 @@ _LOADS = {
     "llama_clip": "the text tower of CLIP 1B, 6B with --prefix text_encoder.",
     "clip": "whole files; 1B_clip.pth and 6B_clip.pth hold a part and need a recipe",
     "clip_small": "InternVideo2_CLIP_S, _B, _L",
-    "llm": "files and sharded folders of transformers, with adapters of old and new peft",
+    "llm": "files and sharded folders of transformers, adapters of old and new peft, GGUF files",
     "bridge": "the Q-Former and projections of a chat model",
     "chat": "InternVideo2-Chat-8B's folder, VideoChat2's files",
     "shots": "released weights in PyTorch",

@@ -281,20 +281,31 @@ def generate_answers(
     Raises:
         ConfigError: an input does not fit the model.
     """
-    embeddings, _ = _prompt(model, params, tokens, visual_index, media)
+    embeddings, _ = embed_prompts(model, params, tokens, visual_index, media)
     llm = Llm(model.config.llm)
     return generate(llm, params["llm"], config, embeddings=embeddings, mask=mask, rng=rng)
 
 
 @partial(jax.jit, static_argnames="model")
-def _prompt(
+def embed_prompts(
     model: Chat,
     params: Mapping[str, Any],
     tokens: jax.Array,
     visual_index: jax.Array,
     media: dict[str, jax.Array | None],
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Embeddings of the prompts, compiled once for each shape."""
+    """Makes what enters the language model, compiled once for each shape.
+
+    Args:
+        model: the model.
+        params: its parameters, unboxed.
+        tokens: int `(B, L)`.
+        visual_index: int `(B, L)`.
+        media: keyword arguments of `Chat.prompt`.
+
+    Returns:
+        Embeddings `(B, L, width)` and visual tokens `(B, V * K, width)` or None.
+    """
     return model.apply({"params": params}, tokens, visual_index, **media, method="prompt")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -197,6 +198,24 @@ def prefill(
         last = last - jnp.argmax(mask[:, ::-1].astype(jnp.int32), axis=1)
     hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
     return model.apply(variables, hidden, method="logits"), out.cache
+
+
+def unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives each block of an `Llm` arrays of its own, with which decoding on a CPU is faster.
+
+    All that takes an `Llm`'s parameters takes these, but training. Compiling takes longer, for
+    every block is compiled; the stacked arrays are copied, so let go of them.
+
+    Args:
+        params: the parameters, unboxed, with the blocks stacked.
+
+    Returns:
+        The same tree with a tuple of `depth` trees under `decoder/blocks`.
+    """
+    blocks = params["decoder"]["blocks"]
+    depth = jax.tree.leaves(blocks)[0].shape[0]
+    each = tuple(jax.tree.map(lambda leaf, n=n: leaf[n], blocks) for n in range(depth))
+    return {**params, "decoder": {**params["decoder"], "blocks": each}}
 
 
 def decode_step(

@@ -31,14 +31,19 @@ class LlmConfig:
         decoder: blocks, positions, adapters, dtypes.
         tied_head: the head is the transposed embedding.
         lora_head: the head has an adapter too (of `decoder.lora`), as in Chat-8B.
+        context_length: tokens that prompt and answer may have together; `generate` refuses more.
+            None for no bound.
     """
 
     vocab_size: int
     decoder: DecoderConfig
     tied_head: bool = False
     lora_head: bool = False
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
+        if self.context_length is not None and self.context_length < 1:
+            raise ConfigError(f"context_length={self.context_length} must be at least 1, or None")
         if self.vocab_size < 2:
             raise ConfigError(f"vocab_size={self.vocab_size} must be at least 2")
         if self.lora_head and self.decoder.lora is None:

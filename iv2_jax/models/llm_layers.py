@@ -8,7 +8,8 @@ positions, grouped-query attention with an optional sliding window, gated SiLU M
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,11 @@ class DecoderConfig:
             raise ConfigError(f"head_dim={self.head_dim} must be even: positions rotate pairs")
         if self.rope.scaling == "dynamic" and self.head_dim < 4:
             raise ConfigError("head_dim must be at least 4 with rope.scaling='dynamic'")
+        if self.rope.divisors and len(self.rope.divisors) != self.head_dim // 2:
+            raise ConfigError(
+                f"rope.divisors has {len(self.rope.divisors)} numbers, heads of {self.head_dim} "
+                f"need {self.head_dim // 2}"
+            )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigError(f"sliding_window={self.sliding_window} must be at least 1, or None")
         if self.remat not in REMAT_POLICIES:
@@ -321,7 +327,11 @@ class Decoder(nn.Module):
         )
         store = None if cache is None else (cache.keys, cache.values)
         layers = resolve_layers(return_layers, config.depth, "return_layers")
-        x, store, features = _scan(config, x, store, context, layers)
+        blocks = self.variables.get("params", {}).get("blocks")
+        if isinstance(blocks, tuple):
+            x, store, features = _one_by_one(config, blocks, x, store, context, layers)
+        else:
+            x, store, features = _scan(config, x, store, context, layers)
         if cache is not None:
             cache = KVCache(store[0], store[1], slots, cache.length + length)
         norm = RMSNorm(
@@ -365,6 +375,29 @@ def _cache_mask(positions: jax.Array, slots: jax.Array, config: DecoderConfig) -
     if config.sliding_window is not None:
         seen &= distance < config.sliding_window
     return seen[:, None]
+
+
+def _one_by_one(
+    config: DecoderConfig,
+    blocks: tuple[Mapping[str, Any], ...],
+    x: jax.Array,
+    store: Store | None,
+    context: Context,
+    layers: tuple[int, ...],
+) -> tuple[jax.Array, Store | None, jax.Array | None]:
+    """Runs the blocks with parameters of their own, as `decoding.unstacked` gives them.
+
+    A scan copies the slice of every stacked kernel before it multiplies with it, which takes as
+    long as the product itself where there is one token a row.
+    """
+    if context.train:
+        raise ValueError("unstacked parameters are for decoding: train with stacked ones")
+    features = []
+    for layer, params in enumerate(blocks):
+        block = DecoderBlock(config, parent=None)
+        x, store = block.apply({"params": params}, x, context, store, jnp.int32(layer))
+        features += [x] if layer in layers else []
+    return x, store, jnp.stack(features) if features else None
 
 
 def _scan(

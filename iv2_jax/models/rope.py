@@ -22,12 +22,15 @@ class RopeConfig:
             `theta` once a row is longer than `base_length`.
         factor: of the scaling.
         base_length: tokens up to which 'dynamic' changes nothing.
+        divisors: numbers that the `head_dim / 2` frequencies are divided by (LLaMA 3.1's
+            stretching, whatever made them); empty for none.
     """
 
     theta: float = 1e4
     scaling: Literal["none", "linear", "dynamic"] = "none"
     factor: float = 1.0
     base_length: int = 0
+    divisors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.theta <= 0:
@@ -40,6 +43,8 @@ class RopeConfig:
             raise ConfigError(f"rope.factor={self.factor} must be at least 1")
         if self.scaling == "dynamic" and self.base_length < 1:
             raise ConfigError("rope.base_length must be given with rope.scaling='dynamic'")
+        if any(divisor <= 0 for divisor in self.divisors):
+            raise ConfigError(f"rope.divisors={self.divisors} must be positive")
 
 
 def rotation(
@@ -72,6 +77,8 @@ def rotation(
         theta = theta * jnp.maximum(growth, 1.0) ** (head_dim / (head_dim - 2))
         theta = theta[:, None]
     frequencies = 1.0 / theta**exponents  # (head_dim / 2,), or one row for each sample
+    if config.divisors:
+        frequencies = frequencies / np.asarray(config.divisors, np.float32)
     frequencies = jnp.broadcast_to(frequencies, (positions.shape[0], len(exponents)))
     angles = places[:, :, None, None] * frequencies[:, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)

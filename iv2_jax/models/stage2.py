@@ -22,6 +22,7 @@ from iv2_jax.models.layers import LayerNorm, Linear, Precision, boxed
 from iv2_jax.models.student import Student, StudentConfig
 from iv2_jax.models.text.bert import ZOO as BERT_ZOO
 from iv2_jax.models.text.bert import Bert, BertConfig
+from iv2_jax.models.text.bert_layers import Versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,6 +357,7 @@ class Stage2(nn.Module):
         hidden: jax.Array,
         mask: jax.Array | None,
         *,
+        versions: Versions | None = None,
         train: bool = False,
     ) -> jax.Array:
         """Lets texts read media, for `match_logits` and `word_logits`.
@@ -368,12 +370,13 @@ class Stage2(nn.Module):
                 tokens first (`join_tokens`); None for text alone.
             hidden: `(B, L, D)` from `encode_text`.
             mask: `(B, L)` of the text, or None.
+            versions: several texts read one row of `tokens`.
             train: turns dropout on (rng stream `dropout`).
 
         Returns:
             `(B, L, D)`.
         """
-        return self.text_encoder.fuse(hidden, mask, tokens, train=train)
+        return self.text_encoder.fuse(hidden, mask, tokens, versions=versions, train=train)
 
     def match_logits(self, fused: jax.Array, media: str = "video") -> jax.Array:
         """Judges whether media and texts belong together.

@@ -188,7 +188,7 @@ def contrastive_loss(
         bias: scalar parameter of the sigmoid.
         frames: see `similarity`; features with frames need the dense form.
         chunk_size: columns compared at a time in the forms other than dense; 0 for as many as
-            make a block of scores of 8 MiB.
+            make a block of scores of 8 MiB, 4096 at most.
         all_a: `(N, C)` features to compare `b` with; None for `a` itself. In a `shard_map`, `a` of
             all shards; so are `all_b` and `all_ids`. Dense form without `valid` only.
         all_b: `(N, C)` features to compare `a` with; None for `b` itself.

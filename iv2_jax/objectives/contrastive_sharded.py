@@ -31,7 +31,7 @@ from iv2_jax.models.layers import unit_length
 from iv2_jax.objectives.layout import RowLayout, row_layout
 
 _BLOCK = 2**21  # scores of a block, 8 MiB
-_MIN_CHUNK = 128  # columns of a block, however many rows there are
+_CHUNKS = 128, 4096  # least and most columns of a block, however many rows there are
 _NOTHING = -1e30  # score of a pair that does not count; finite, so that differences are too
 
 _SCALAR = PartitionSpec()
@@ -330,7 +330,7 @@ def _meet(
     """
     axes, shards = plan.layout.axes, plan.layout.shards
     rows = columns[0].ids.shape[0]
-    chunk = plan.chunk_size or max(_MIN_CHUNK, _BLOCK // rows)
+    chunk = plan.chunk_size or min(max(_BLOCK // rows, _CHUNKS[0]), _CHUNKS[1])
     if shards == 1:
         return _sweep(visit, columns, totals, chunk)
     if plan.ring:

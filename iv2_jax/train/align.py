@@ -20,31 +20,21 @@ A row counts in a term only if it has the media and the words that the term comp
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
-from iv2_jax.data.data_config import DataConfig
-from iv2_jax.data.mixing import MIXED, make_mixed_loader
+from iv2_jax.data.mixing import MIXED
 from iv2_jax.data.modalities import WITH_PICTURES, WITH_SOUND
-from iv2_jax.data.pipeline import make_loader
 from iv2_jax.errors import ConfigError
-from iv2_jax.models import kinds, masking, teachers
-from iv2_jax.models.stage2 import Stage2
+from iv2_jax.models import masking, teachers
 from iv2_jax.models.teachers.base import Teacher, TeacherOutput
 from iv2_jax.objectives import contrastive
-from iv2_jax.parallel.rules import path_name
-from iv2_jax.train import optim
 from iv2_jax.train.align_config import AlignConfig, Towers, VisionMask
 from iv2_jax.train.align_terms import BatchTerms, Draws, named_rng
-from iv2_jax.train.batches import abstract_batches
-from iv2_jax.train.init_towers import load_towers
-from iv2_jax.train.stage import Batch, Metrics, Stage
+from iv2_jax.train.pairs import PairStage
+from iv2_jax.train.stage import Batch, Metrics
 
 # Parameters whose freezing makes a tower a frozen one.
 _TOWERS = Towers(
@@ -54,15 +44,15 @@ _TOWERS = Towers(
     fusion="text_encoder/fusion_layers/",
 )
 
+# The contrast that retrieval of each media type is like.
+_ASKED = {"image": "vtc", "video": "vtc", "audio": "atc", "audio_video": "avtc"}
 
-class AlignStage(Stage):
+
+class AlignStage(PairStage):
     """A stage-2 model and its terms."""
 
-    host_arrays: ClassVar[tuple[str, ...]] = ("index", "replaced", "media")
-
     def __init__(self, config: AlignConfig) -> None:
-        self.config = config
-        self.model = Stage2(config.stage2)
+        super().__init__(config)
         self.teacher: Teacher | None = None
         if config.teacher is not None:
             self.teacher = teachers.get(config.teacher.name, config.teacher.options)
@@ -90,25 +80,8 @@ class AlignStage(Stage):
 
     def _trained_towers(self) -> Towers:
         """Which towers have blocks that are trained."""
-        params = kinds.of(self.config.stage2).abstract_params(self.config.stage2)
-        trained = optim.trainable(self.config.optimizer, params)
-        paths = [path_name(p) for p, on in jax.tree_util.tree_leaves_with_path(trained) if on]
+        paths = self.trained_paths()
         return Towers(*(any(p.startswith(prefix) for p in paths) for prefix in _TOWERS))
-
-    def init_params(self, rng: jax.Array) -> Any:
-        """Fresh parameters (boxed)."""
-        model = self.config.stage2
-        inputs = kinds.of(model).inputs(model)
-        arrays = {
-            name: jnp.zeros(x.shape, x.dtype)
-            for name, x in inputs.items()
-            if isinstance(x, jax.ShapeDtypeStruct)
-        }
-        return self.model.init({"params": rng}, **arrays)["params"]
-
-    def starting_params(self) -> Any:
-        """What `init` names, as a part of the parameter tree."""
-        return load_towers(self.config.init, self.config.stage2)
 
     def load_frozen(self) -> Any:
         """Weights of the teacher."""
@@ -117,10 +90,6 @@ class AlignStage(Stage):
     def abstract_frozen(self) -> Any:
         """Shapes of `load_frozen`."""
         return {} if self.teacher is None else jax.eval_shape(self.teacher.init, jax.random.key(0))
-
-    def abstract_batches(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """See the module's docstring."""
-        return abstract_batches(self.config.data, batch_size)
 
     def tokens_per_clip(self, kind: str = "") -> int:
         """Tokens of all towers in training: visible patches, sound, and its captions."""
@@ -219,52 +188,10 @@ class AlignStage(Stage):
         low, high = contrastive.MIN_TEMPERATURE, contrastive.MAX_TEMPERATURE
         return {**params, "temp": jnp.clip(params["temp"], low, high)}
 
-    def evaluate(self, params: Any, frozen: Any, mesh: Mesh) -> dict[str, float]:
-        """Zero-shot retrieval over `eval_data`."""
-        from iv2_jax.eval.retrieval_task import evaluate_retrieval
-
-        del frozen
-        config = self.config
-        if config.eval_data is None or not config.retrieval.enabled:
-            return {}
-        data = config.eval_data
-        if config.retrieval.media:
-            media = config.retrieval.media
-            audio = data.audio if media in WITH_SOUND else None
-            data = dataclasses.replace(data, media=media, audio=audio)
-        result = evaluate_retrieval(
-            params,
-            config.stage2,
-            data,
-            rerank_top=config.retrieval.rerank_top,
-            batch_size=config.retrieval.batch_size or config.batch_size,
-            mesh=mesh,
-        )
-        return result.metrics
-
-    def train_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """Endless training batches from `start_step` on."""
-        return make_mixed_loader(
-            self.config.data,
-            seed=self.config.seed,
-            global_batch=self.config.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            start_step=start_step,
-        )
-
-    def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """The held-out clips once, in order."""
-        data: DataConfig | None = self.config.eval_data
-        if data is None:
-            return (batch for batch in ())
-        return make_loader(
-            dataclasses.replace(data, eval=True),
-            seed=self.config.seed,
-            global_batch=self.config.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+    def asked_caption(self) -> str:
+        """The caption that the contrast of the held-out media uses."""
+        held = self.config.eval_data
+        return self.config.loss.caption("vtc" if held is None else _ASKED[held.media])
 
 
 def media_of(batch: Batch) -> str:

@@ -6,14 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from iv2_jax.data.data_config import DataConfig
-from iv2_jax.data.mixing import MixConfig
-from iv2_jax.data.modalities import WITH_PICTURES
 from iv2_jax.errors import ConfigError, nearest
 from iv2_jax.models.stage2 import Stage2Config
 from iv2_jax.objectives.alignment_terms import MEDIA_TERMS, TERMS
 from iv2_jax.train.distill import TeacherConfig
-from iv2_jax.train.init_towers import TowerInit
-from iv2_jax.train.stage import RunConfig
+from iv2_jax.train.pairs import PairConfig
 
 if TYPE_CHECKING:
     from iv2_jax.train.align import AlignStage
@@ -160,59 +157,35 @@ class AlignLossConfig:
         return tuple(name for name in TERMS if name in running)
 
 
-@dataclass(frozen=True)
-class RetrievalConfig:
-    """Zero-shot retrieval over `eval_data` at every evaluation (spec stage2 9.1).
-
-    Attributes:
-        enabled: whether to evaluate it.
-        media: what is looked for; empty takes `eval_data`'s. `video` looks among all clips where
-            `eval_data` is `audio_video`, whose fused vector only clips with sound have.
-        rerank_top: how many of the best are judged again by the matching head; 0 for none.
-        batch_size: clips encoded at once; 0 takes the run's.
-    """
-
-    enabled: bool = True
-    media: str = ""
-    rerank_top: int = 0
-    batch_size: int = 0
-
-
 @dataclass(frozen=True, kw_only=True)
-class AlignConfig(RunConfig):
+class AlignConfig(PairConfig):
     """A stage-2 run.
 
     Attributes:
         stage2: The model.
-        data: Training data by media type, and how they are mixed.
-        init: Files that towers start from.
         loss: Terms, weights and how they are computed.
         video_mask: Patches seen of videos in training.
         image_mask: Patches seen of images in training.
         teacher: Frozen teacher of the `uta` term and of `attention` masks.
-        frozen_towers_in_train_mode: Frozen towers drop paths and values like the others, as in the
-            released code (trap 11.10).
-        retrieval: Retrieval over `eval_data` at every evaluation.
     """
 
     stage2: Stage2Config
-    data: MixConfig
-    init: tuple[TowerInit, ...] = ()
     loss: AlignLossConfig = field(default_factory=AlignLossConfig)
     video_mask: VisionMask = field(default_factory=VisionMask)
     image_mask: VisionMask = field(default_factory=lambda: VisionMask(ratio=0.5))
     teacher: TeacherConfig | None = None
-    frozen_towers_in_train_mode: bool = False
-    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_views(self.stage2.vision.encoder)
         for name, data in self.data.media.items():
-            self._check_view(f"data.media.{name}", data, name)
             self._check_terms(f"data.media.{name}", data, self.loss.terms(name))
-        if self.eval_data is not None:
-            self._check_view("eval_data", self.eval_data, self.eval_data.media)
         self._check_heads()
+
+    @property
+    def model(self) -> Stage2Config:
+        """The model's config."""
+        return self.stage2
 
     def make_stage(self) -> AlignStage:
         """The stage.
@@ -223,22 +196,6 @@ class AlignConfig(RunConfig):
         from iv2_jax.train.align import AlignStage
 
         return AlignStage(self)
-
-    def _check_view(self, where: str, data: DataConfig, media: str) -> None:
-        """Pictures are of the encoder's size and number."""
-        encoder = self.stage2.vision.encoder
-        if data.media != media:
-            raise ConfigError(f"{where}.media must be {media!r}, not {data.media!r}")
-        if media in WITH_PICTURES:
-            frames = 1 if media == "image" else encoder.num_frames
-            for field_name, have, want in (
-                ("size", data.size, encoder.image_size),
-                ("num_frames", data.frames, frames),
-            ):
-                if have != want:
-                    raise ConfigError(f"{where}.{field_name} must be {want}, not {have}")
-        if data.text is None:
-            raise ConfigError(f"{where}.text must be given: stage 2 aligns with captions")
 
     def _check_terms(self, where: str, data: DataConfig, terms: tuple[str, ...]) -> None:
         """Captions that terms use are loaded."""

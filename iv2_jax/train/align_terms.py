@@ -7,6 +7,7 @@ over devices needs no exchange for them.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from iv2_jax.models.stage2 import MediaFeatures, Stage2, TextFeatures, join_tokens
 from iv2_jax.models.teachers.base import TeacherOutput
+from iv2_jax.models.text.bert_layers import Versions
 from iv2_jax.objectives import contrastive, distillation, masked_lm, matching
 from iv2_jax.objectives.alignment_terms import TERMS
 from iv2_jax.train.align_config import AlignLossConfig, Towers
@@ -241,34 +243,35 @@ class BatchTerms:
 
     def _read(self, media: str, match: str, words: str) -> Terms:
         """The terms whose captions read these media, in one pass through the fusion layers."""
-        side = self.media[media]
-        tokens, texts = [], []
+        side, group = self.media[media], self.loss.group(self.rows)
+        texts: list[TextFeatures] = []
+        swap = None
+        if words:
+            texts.append(self.texts[self._version(words)])
         if match:
             wrong_media, wrong_text, valid = self._negatives(match, media)
-            text, group = self.texts[self._version(match)], self.loss.group(self.rows)
-            other = jax.tree.map(
-                lambda x: matching.take_in_groups(x, wrong_text.index, group), text
-            )
-            tokens += [
-                side.tokens,
-                matching.take_in_groups(side.tokens, wrong_media.index, group),
-                side.tokens,
+            text = self.texts[self._version(match)]
+            texts += [
+                text,
+                jax.tree.map(lambda x: matching.take_in_groups(x, wrong_text.index, group), text),
+                text,  # reads wrong media
             ]
-            texts += [text, text, other]
-        if words:
-            tokens.append(side.tokens)
-            texts.append(self.texts[self._version(words)])
+            swap = functools.partial(
+                matching.take_in_groups, index=wrong_media.index, group_size=group
+            )
         fused = self.model.fuse(
-            None if side.tokens is None else _beside(tokens),
+            side.tokens,
             _beside([text.hidden for text in texts]),
             _beside([text.mask for text in texts]),
+            versions=Versions(len(texts), swap),
             train=self.train.fusion,
         )
         fused = fused.reshape(self.rows, len(texts), *fused.shape[1:])
         terms: Terms = {}
         if match:
-            logits = self.model.match_logits(fused[:, :3].reshape(-1, *fused.shape[2:]), media)
-            logits = logits.reshape(self.rows, 3, 2).swapaxes(0, 1).reshape(-1, 2)
+            first = fused[:, -3:, 0].reshape(3 * self.rows, 1, -1)
+            logits = self.model.match_logits(first, media).reshape(self.rows, 3, 2)
+            logits = logits[:, jnp.array([0, 2, 1])].swapaxes(0, 1).reshape(-1, 2)
             terms[match] = matching.matching_loss(
                 logits, wrong_media.found, wrong_text.found, valid=valid
             )
@@ -276,7 +279,7 @@ class BatchTerms:
             has = self._valid(words, media)[:, None]
             labels = jnp.where(has, self.labels[words], masked_lm.IGNORED)
             terms[words] = masked_lm.masked_lm_loss_of(
-                fused[:, -1], labels, self.model.word_logits, self.loss.words.capacity(labels.size)
+                fused[:, 0], labels, self.model.word_logits, self.loss.words.capacity(labels.size)
             )
         return terms
 

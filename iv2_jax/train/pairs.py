@@ -141,13 +141,12 @@ class PairStage(Stage):
 
     def evaluate(self, params: Any, frozen: Any, mesh: Mesh) -> dict[str, float]:
         """Zero-shot retrieval over `eval_data`."""
-        from iv2_jax.eval.retrieval_task import evaluate_retrieval
+        from iv2_jax.eval.retrieval_task import RetrievalOptions, evaluate_retrieval
 
         del frozen
         config = self.config
         if config.eval_data is None or not config.retrieval.enabled:
             return {}
-        batch_size = config.retrieval.batch_size or config.batch_size
         result = evaluate_retrieval(
             params,
             config.model,
@@ -155,7 +154,8 @@ class PairStage(Stage):
             rerank_top=config.retrieval.rerank_top,
             mesh=mesh,
             seed=config.seed,
-            batch_size=batch_size,
+            batch_size=config.retrieval.batch_size or config.batch_size,
+            options=RetrievalOptions(caption=self.asked_caption()),
         )
         return result.metrics
 

@@ -39,6 +39,7 @@ TINY = {
         fused_qkv=True, rope=RopeConfig(scaling="dynamic", factor=2.0, base_length=4)
     ),
     "linear": tiny_llm.config(rope=RopeConfig(500.0, "linear", 4.0), head_dim=6),
+    "stretched": tiny_llm.config(rope=RopeConfig(divisors=(1.0, 3.0))),
     "tied": tiny_llm.config(tied_head=True),
     "mistral_lora": tiny_llm.config().with_lora(ADAPTERS, head=True),
     "internlm_lora": tiny_llm.config(fused_qkv=True).with_lora(ADAPTERS),

@@ -20,6 +20,7 @@ from iv2_jax.models import chat as chat_lib
 from iv2_jax.models.chat import Chat, generate_answers
 from iv2_jax.models.decoding import GenerationConfig
 from iv2_jax.models.lora import LoraConfig
+from iv2_jax.models.streaming import stream_answers
 from iv2_jax.objectives.next_token import next_token_loss
 
 TINY = chat_lib.ZOO["test_tiny_chat"]
@@ -206,6 +207,17 @@ def test_generation_continues_as_the_whole_model_would(params):
         batch["mask"],
         video=video,
     )
+    streamed = stream_answers(
+        Chat(TINY),
+        params["params"],
+        GenerationConfig(max_new_tokens=steps, eos_ids=()),
+        batch["tokens"],
+        batch["visual_index"],
+        batch["mask"],
+        video=video,
+    )
+    found = [sum(rows, []) for rows in zip(*streamed, strict=True)]  # noqa: RUF017 (four tokens)
+    assert found == np.asarray(made.tokens).tolist()
     # The whole sequence at once, padded on the right: every new token is the best there.
     real = batch["mask"].sum(1)
     whole = _batch(1, 1, train=False)

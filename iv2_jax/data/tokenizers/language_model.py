@@ -67,6 +67,8 @@ class LlmTokenizer(Tokenizer):
         """Where to cut so that no special token touches the typed spans."""
         cuts = set()
         for name in self.specials:
+            if name not in text:  # most are not, and there may be hundreds
+                continue
             # A look-ahead finds those too that overlap each other.
             for match in re.finditer(f"(?={re.escape(name)})", text):
                 start, end = match.start(), match.start() + len(name)

@@ -371,6 +371,8 @@ def rotary_angles(positions: Tensor, head_dim: int, rope: Mapping[str, Any]) -> 
         growth = rope["factor"] * length / rope["base_length"] - (rope["factor"] - 1)
         theta = theta * growth.clamp(min=1.0) ** (head_dim / (head_dim - 2))
     frequencies = 1.0 / theta**exponents
+    if rope.get("divisors"):
+        frequencies = frequencies / torch.tensor(rope["divisors"], device=positions.device)
     return (places[:, :, None] * frequencies[:, None])[:, None]
 
 

@@ -20,6 +20,7 @@ from iv2_jax.models.text.bert_layers import (
     Embeddings,
     Layer,
     LayerConfig,
+    Versions,
     cross_attention_bias,
     self_attention_bias,
 )
@@ -208,6 +209,7 @@ class Bert(nn.Module):
         context: jax.Array | None,
         context_mask: jax.Array | None = None,
         *,
+        versions: Versions | None = None,
         train: bool = False,
     ) -> jax.Array:
         """Runs the fusion layers on what `encode_text` gave.
@@ -218,6 +220,8 @@ class Bert(nn.Module):
             context: `(B, M, context_width)` video or audio tokens; None for text alone, which
                 leaves cross-attention out.
             context_mask: `(B, M)`, 1 = token; None for all (what the original always does).
+            versions: several texts read one context: B of `hidden` is then that of `context` times
+                `versions.count`.
             train: turns dropout on (rng stream `dropout`).
 
         Returns:
@@ -231,9 +235,7 @@ class Bert(nn.Module):
             raise ConfigError(
                 f"fusion_layer={c.fusion_layer} equals depth: this model has no fusion layers"
             )
-        if context is not None and (
-            context.ndim != 3 or context.shape[-1] != c.context_width
-        ):
+        if context is not None and (context.ndim != 3 or context.shape[-1] != c.context_width):
             raise ConfigError(
                 f"context has shape {tuple(context.shape)}; context_width={c.context_width} "
                 f"needs (B, M, {c.context_width})"
@@ -243,6 +245,7 @@ class Bert(nn.Module):
             self.fusion_layers,
             hidden.astype(c.precision.compute_dtype),
             (biases[0], context, biases[1]),
+            versions=versions,
             depth=c.num_fusion_layers,
             train=train,
         )[0]
@@ -297,13 +300,14 @@ class Bert(nn.Module):
         inputs: tuple[jax.Array | None, ...],
         *,
         depth: int,
+        versions: Versions | None = None,
         return_layers: tuple[int, ...] = (),
         train: bool,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Scans a stack of layers that all get the same masks and context."""
 
         def call(mdl: Layer, x: jax.Array, index: jax.Array, rate: None) -> jax.Array:
-            return mdl(x, *inputs, train=train)
+            return mdl(x, *inputs, versions=versions, train=train)
 
         return scan_blocks(
             layer,

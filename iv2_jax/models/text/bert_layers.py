@@ -8,6 +8,7 @@ feed-forward of their own (spec stage2 3, stage3 2.2).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -152,6 +153,44 @@ class Embeddings(nn.Module):
         return self.dropout(x, deterministic=not train)
 
 
+@dataclasses.dataclass(frozen=True)
+class Versions:
+    """Texts that read one context each lie beside each other: true, wrong and corrupted captions.
+
+    Keys and values of a context are then made once, and all texts of a row are queries of one
+    attention.
+
+    Attributes:
+        count: texts of each row of the context; text v of row b is row `b * count + v`.
+        swap: gives each row of an array another row's; the last text of a row reads the keys and
+            values that it gives. None: all texts read their own row's.
+    """
+
+    count: int
+    swap: Callable[[jax.Array], jax.Array] | None = None
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        bias: jax.Array | None,
+        drop: Callable[[jax.Array], jax.Array] | None,
+    ) -> jax.Array:
+        """Attention of `(B * count, L, h, d)` queries to `(B, M, h, d)` keys and values."""
+        rows, own = len(k), self.count - (self.swap is not None)
+        texts = q.reshape(rows, self.count, *q.shape[1:])
+        together = texts[:, :own].reshape(rows, own * q.shape[1], *q.shape[2:])
+        mixed = dot_product_attention(together, k, v, bias=bias, dropout=drop)
+        mixed = mixed.reshape(rows, own, *q.shape[1:])
+        if self.swap is not None:
+            bias = None if bias is None else self.swap(bias)
+            last = texts[:, own], self.swap(k), self.swap(v)
+            other = dot_product_attention(*last, bias=bias, dropout=drop)
+            mixed = jnp.concatenate([mixed, other[:, None]], axis=1)
+        return mixed.reshape(q.shape)
+
+
 class PostNormAttention(nn.Module):
     """`norm(x + dropout(attention(x)))`, to the tokens themselves or to a context.
 
@@ -170,6 +209,7 @@ class PostNormAttention(nn.Module):
         context: jax.Array | None = None,
         *,
         bias: jax.Array | None = None,
+        versions: Versions | None = None,
         drop_path: jax.Array | float | None = None,
         train: bool = False,
     ) -> jax.Array:
@@ -179,6 +219,7 @@ class PostNormAttention(nn.Module):
             x: `(B, N, width)`.
             context: `(B, M, context_width)` if `cross`, else None.
             bias: added to the scores, broadcastable to `(B, heads, N, M)`.
+            versions: several rows of `x` read one of `context`, see `Versions`.
             drop_path: probability of dropping the branch of a sample; None turns it off.
             train: turns dropout on (rng stream `dropout`).
 
@@ -198,7 +239,10 @@ class PostNormAttention(nn.Module):
         drop = None
         if train and c.attention_dropout_rate:
             drop = nn.Dropout(c.attention_dropout_rate, deterministic=False, name="weights_dropout")
-        mixed = dot_product_attention(q, k, v, bias=bias, dropout=drop)
+        if versions is None:
+            mixed = dot_product_attention(q, k, v, bias=bias, dropout=drop)
+        else:
+            mixed = versions.attend(q, k, v, bias, drop)
         axes = ("heads", "head_dim"), ("embed",)
         mixed = Linear(heads, (c.width,), *axes, precision=c.precision, name="proj")(mixed)
         return _close(c, x, mixed, drop_path, train)
@@ -280,6 +324,7 @@ class Layer(nn.Module):
         context: jax.Array | None = None,
         context_bias: jax.Array | None = None,
         *,
+        versions: Versions | None = None,
         num_queries: int = 0,
         drop_path: jax.Array | float | None = None,
         train: bool = False,
@@ -291,6 +336,7 @@ class Layer(nn.Module):
             bias: added to the scores of self-attention, see `self_attention_bias`.
             context: `(B, M, context_width)`; None leaves cross-attention out, for text alone.
             context_bias: added to the scores of cross-attention, see `cross_attention_bias`.
+            versions: several rows of `x` read one of `context`, see `Versions`.
             num_queries: with `query_mlp`, how many of the first tokens are queries.
             drop_path: probability of dropping a branch of a sample, drawn for each branch (rng
                 stream `droppath`); None turns it off.
@@ -309,7 +355,7 @@ class Layer(nn.Module):
         x = self.attn(x, bias=bias, **common)
         if not self.query_mlp:
             if reads:
-                x = self.cross_attn(x, context, bias=context_bias, **common)
+                x = self.cross_attn(x, context, bias=context_bias, versions=versions, **common)
             return self.mlp(x, **common)
         queries, text = x[:, :num_queries], x[:, num_queries:]
         if self.cross_attention:

@@ -1,0 +1,1 @@
+"""Instruction data: conversations about clips, as files, as token sequences and as batches."""
