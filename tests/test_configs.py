@@ -26,6 +26,12 @@ SHIPPED = {
     "demo/stage2.py": None,
     "stage1/internvideo2_1b.py": 1_070_042_752,
     "stage1/internvideo2_6b.py": 6_075_947_392,
+    # Spec stage2 1; the unmasked phase has a matching head for sound more.
+    "stage2/internvideo2_1b.py": 1_410_146_493,
+    "stage2/internvideo2_6b.py:masked": 6_453_900_079,
+    "stage2/internvideo2_6b.py:unmasked": 6_453_900_079 + 2050,
+    "finetune/retrieval_6b.py:msrvtt": None,
+    "finetune/retrieval_6b.py:didemo": None,
     "stage1/distill.py:small": 29_169_792,
     "stage1/distill.py:base": 102_252_288,
     "stage1/distill.py:large": 327_183_872,
