@@ -14,10 +14,10 @@ from iv2_jax.train.program import build_program
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Trainable parameters of the students (spec stage1 section 1).
 SHIPPED = {
-    "clip/internvideo2_clip_1b.py": 7_704_737_537,
-    "clip/internvideo2_clip_1b.py:lora": None,
-    "clip/internvideo2_clip_6b.py": 12_625_764_097,
-    "clip/internvideo2_clip_6b.py:full": 12_625_764_097,
+    "clip/internvideo2_clip.py:1b": 7_704_737_537,
+    "clip/internvideo2_clip.py:1b,lora": None,
+    "clip/internvideo2_clip.py:6b": 12_625_764_097,
+    "clip/internvideo2_clip.py:6b,full": 12_625_764_097,
     "clip/internvideo2_clip_small.py:small": 86_867_201,
     "clip/internvideo2_clip_small.py:base": 153_262_337,
     "clip/internvideo2_clip_small.py:large": 372_752_641,

@@ -65,7 +65,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if devices[0].platform == "tpu":
         from jax.experimental import mesh_utils
 
-        grid = mesh_utils.create_device_mesh(sizes, devices=devices)
+        # An axis need not be an edge of the slice: 8 x 8 x 8 chips have no edge of 16.
+        grid = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
     else:
         grid = np.asarray(devices).reshape(sizes)
     return Mesh(grid, AXES)

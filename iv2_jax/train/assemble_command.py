@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = """\
 a stage-2 or CLIP run does the same at step 0; this shows what comes from where and keeps it:
-  iv2 assemble --config configs/clip/internvideo2_clip_1b.py --out clip_1b_start \\
+  iv2 assemble --config configs/clip/internvideo2_clip.py:1b --out clip_1b_start \\
       --config.init.0.path=InternVideo2-stage2_1b-224p-f4.pt \\
       --config.init.1.path=internvl_c_13b_224px.pth
 """

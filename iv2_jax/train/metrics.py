@@ -16,6 +16,9 @@ from tqdm import tqdm
 
 JSONL = "metrics.jsonl"
 
+# Of figures in groups, such as sim/t2v_r1, the console shows these; the files have all.
+_SHOWN = ("t2v_r1", "t2v_r5", "v2t_r1", "v2t_r5")
+
 
 class MetricWriter:
     """Writes scalars of process 0; the other processes write nothing.
@@ -61,7 +64,8 @@ class MetricWriter:
             for name, value in values.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
         if self._bar.disable or kind == "eval":
-            self.say(f"step {step} {kind}  " + _short(values))
+            shown = {k: v for k, v in values.items() if "/" not in k or k.endswith(_SHOWN)}
+            self.say(f"step {step} {kind}  " + _short(shown, limit=24))
 
     def advance(self, step: int, values: Mapping[str, float]) -> None:
         """Moves the bar to `step` and shows the main scalars."""

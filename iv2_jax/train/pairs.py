@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from iv2_jax.data import mixing
 from iv2_jax.data.data_config import DataConfig
-from iv2_jax.data.modalities import WITH_PICTURES
+from iv2_jax.data.modalities import WITH_PICTURES, WITH_SOUND
 from iv2_jax.data.pipeline import make_loader
 from iv2_jax.errors import ConfigError
 from iv2_jax.models import kinds
@@ -37,11 +37,14 @@ class RetrievalConfig:
 
     Attributes:
         enabled: whether to evaluate it.
+        media: what is looked for; empty takes `eval_data`'s. `video` looks among all clips where
+            `eval_data` is `audio_video`, whose fused vector only clips with sound have.
         rerank_top: how many of the best are judged again by the matching head; 0 for none.
         batch_size: clips encoded at once; 0 takes the run's.
     """
 
     enabled: bool = True
+    media: str = ""
     rerank_top: int = 0
     batch_size: int = 0
 
@@ -147,10 +150,15 @@ class PairStage(Stage):
         config = self.config
         if config.eval_data is None or not config.retrieval.enabled:
             return {}
+        data = config.eval_data
+        if config.retrieval.media:
+            media = config.retrieval.media
+            audio = data.audio if media in WITH_SOUND else None
+            data = dataclasses.replace(data, media=media, audio=audio)
         result = evaluate_retrieval(
             params,
             config.model,
-            config.eval_data,
+            data,
             rerank_top=config.retrieval.rerank_top,
             mesh=mesh,
             seed=config.seed,

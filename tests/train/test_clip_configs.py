@@ -15,8 +15,8 @@ from iv2_jax.train import loop, optim
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "clip"
 TRAINED = {
-    "internvideo2_clip_1b.py": 7_042_177,
-    "internvideo2_clip_6b.py": 33_207_169,
+    "internvideo2_clip.py:1b": 7_042_177,
+    "internvideo2_clip.py:6b": 33_207_169,
     "internvideo2_clip_small.py:small": 1_136_769,
     "internvideo2_clip_small.py:base": 2_762_241,
     "internvideo2_clip_small.py:large": 4_337_409,
@@ -53,7 +53,7 @@ def test_trained_parameters_and_their_decay(name):
 
 
 def test_adapters_are_opened():
-    config = loop.read_config(str(FOLDER / "internvideo2_clip_1b.py:lora"), {})
+    config = loop.read_config(str(FOLDER / "internvideo2_clip.py:1b,lora"), {})
     trained = _trained(config)
     adapters = {path for path in trained if path.startswith("text_encoder/")}
     assert {path.rsplit("/", 1)[1] for path in adapters} == {"lora_a", "lora_b"}
@@ -77,6 +77,6 @@ def test_paths_are_set_by_number():
 
 
 def test_arguments_that_are_none():
-    for name in ("internvideo2_clip_1b.py:ful", "internvideo2_clip_small.py:large,poll"):
+    for name in ("internvideo2_clip.py:1b,ful", "internvideo2_clip_small.py:large,poll"):
         with pytest.raises(ConfigError, match="did you mean"):
             loop.read_config(str(FOLDER / name), {})
