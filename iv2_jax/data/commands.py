@@ -17,6 +17,7 @@ _EXAMPLES = """examples:
   iv2 data validate clips.jsonl                      every line, file and frame
   iv2 data validate train.csv --format kinetics --prefix /videos --quick
   iv2 data build clips.jsonl packed --short-side 256 --gop 16
+  iv2 data convert-dialogues train.json train_llava.json --to llava
   iv2 data bench packed --frames 16 --target 200     cores for 200 clips a second
   iv2 data teacher-features --config configs/demo/stage1.py --out targets
 """

@@ -148,7 +148,7 @@ def _detect(text: str, path: str | os.PathLike[str]) -> str:
 
 def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
     """(line, object or FieldError) of every line that is not blank."""
-    for line, row in enumerate(text.splitlines(), start=1):
+    for line, row in enumerate(text.split("\n"), start=1):  # texts may hold U+2028
         if not row.strip():
             continue
         try:

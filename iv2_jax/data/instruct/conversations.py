@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 
+from iv2_jax.data import captions, stills
 from iv2_jax.data.records import Clip, FieldError, show
 
 KINDS = ("video", "image")
@@ -110,6 +112,37 @@ def check(conversation: Conversation) -> Conversation:
     if len(named) > len(set(named)):
         raise FieldError("qa", "a medium stands in two places; list its file twice in `media`")
     return conversation
+
+
+def captioned(
+    clips: Iterable[Clip], *, caption: str = "video", min_words: int = 2, clean: bool = True
+) -> list[Conversation]:
+    """Clips with captions as conversations without questions, for caption alignment.
+
+    Each caption is a turn of its own; with `SequenceConfig.one_turn` a visit shows one of them.
+
+    Args:
+      clips: records of a manifest.
+      caption: name of the captions.
+      min_words: captions of fewer words are left out, and clips that have no other (spec stage3
+        5.3).
+      clean: lower case without punctuation, as the original has them (spec stage3 4.2).
+    """
+    found = []
+    for clip in clips:
+        texts = [captions.clean_text(t) if clean else t for t in clip.captions.get(caption, ())]
+        turns = tuple(Turn("", text) for text in texts if len(text.split()) >= max(min_words, 1))
+        if turns:
+            media = ()
+            if clip.path:
+                media = (Medium(kind_of(clip.path), clip.path, clip.start, clip.end),)
+            found.append(Conversation(turns, media, id=clip.id))
+    return found
+
+
+def kind_of(path: str) -> str:
+    """'image' or 'video', by the ending of a path."""
+    return "image" if path.lower().endswith(stills.EXTENSIONS) else "video"
 
 
 def seconds(start: object, end: object) -> tuple[float | None, float | None]:

@@ -49,16 +49,17 @@ def listed(value: Any, field: str, what: str) -> list[Any]:
 
 
 def entry(value: Any, field: str, known: tuple[str, ...], needed: tuple[str, ...]) -> dict:
-    """An object with these keys and no other."""
+    """An object with these keys, spelt right; other programs' keys may be there too."""
     if not isinstance(value, dict):
         raise FieldError(field, f"must be an object with {', '.join(known)}, is {show(value)}")
     for key in value:
-        if key not in known:
-            starts = [k for k in known if key.lower().startswith(k) or k.startswith(key.lower())]
-            close = misspelt(key, known) or next(iter(starts), "")
-            hint = f"; did you mean {close!r}?" if close else f"; known: {', '.join(known)}"
-            raise FieldError(f"{field}.{key}", f"unknown field{hint}")
+        short = (k for k in known if key.lower().startswith(k.lower()) or k == key.lower())
+        close = "" if key in known else misspelt(key, known) or next(short, "")
+        if close and close not in value:
+            raise FieldError(f"{field}.{key}", f"unknown field; did you mean {close!r}?")
     for key in needed:
         if key not in value:
-            raise FieldError(f"{field}.{key}", "is missing")
+            raise FieldError(
+                f"{field}.{key}", f"is missing; there are {', '.join(value) or 'none'}"
+            )
     return value

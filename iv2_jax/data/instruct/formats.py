@@ -29,6 +29,7 @@ from iv2_jax.errors import ConfigError, DataError, nearest
 _MODULES = {"videochat": videochat, "llava": llava, "ours": ours}
 FORMATS = tuple(_MODULES)
 MISSING = ("error", "skip", "ignore")
+_PROBED = 16  # records looked at to decide which folder relative paths start from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,8 @@ def iter_conversations(
     text = manifest._read_text(path)
     if not text.strip():
         raise DataError(f"{path}: is empty; it needs at least one conversation")
-    objects = manifest._json_list(text) if text.lstrip()[0] == "[" else _json_lines(text)
-    for record, (line, item) in enumerate(objects, start=1):
+    read_items = manifest._json_list if text.lstrip()[0] == "[" else manifest._json_lines
+    for record, (line, item) in enumerate(read_items(text), start=1):
         if format == "auto" and not isinstance(item, Exception):
             found = detect(item)
             if found is None:
@@ -120,16 +121,6 @@ def iter_conversations(
             yield Problem(os.fspath(path), record, line, e.field, e.message)
 
 
-def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
-    """(line, object or error) of every line; only a newline ends one, as texts hold U+2028 too."""
-    for line, row in enumerate(text.split("\n"), start=1):
-        if row.strip():
-            try:
-                yield line, json.loads(row)
-            except json.JSONDecodeError as e:
-                yield line, FieldError("", f"not JSON: {e.msg} at column {e.colno}")
-
-
 def read(
     path: str | os.PathLike[str],
     *,
@@ -143,7 +134,8 @@ def read(
     Args:
       path: the file.
       format: one of `FORMATS`, or `auto`, told by the first record.
-      root: folder or URL that relative paths start from; None: the file's folder.
+      root: folder or URL that relative paths start from; None: the file's folder, or that one's
+        parent if nothing is there.
       missing: files that are not there are an `error`, make their conversations be left out
         (`skip`), or are not looked for (`ignore`). URLs never are.
       problems: takes what is wrong with records, which are then left out; None: the first one is
@@ -159,17 +151,20 @@ def read(
     """
     if missing not in MISSING:
         raise ConfigError(f"missing {missing!r} is not known{nearest(missing, MISSING)}")
-    root = str(Path(path).parent) if root is None else root
     kept: list[Conversation] = []
     lost: list[Problem] = []
     there: dict[str, bool] = {}
-    for found in iter_conversations(path, format=format):
-        if isinstance(found, Problem):
-            if problems is None:
-                raise DataError(str(found))
-            problems.append(found)
-            continue
-        record, line, conversation = found
+    found: list[tuple[int, int, Conversation]] = []
+    for item in iter_conversations(path, format=format):
+        if not isinstance(item, Problem):
+            found.append(item)
+        elif problems is None:
+            raise DataError(str(item))
+        else:
+            problems.append(item)
+    if root is None:
+        root = _root(Path(path), [medium.path for _, _, c in found[:_PROBED] for medium in c.media])
+    for record, line, conversation in found:
         media = tuple(
             dataclasses.replace(medium, path=joined(root, medium.path))
             for medium in conversation.media
@@ -182,7 +177,7 @@ def read(
             continue
         kept.append(dataclasses.replace(conversation, media=media, id=name))
     if lost and missing == "error" and problems is None:
-        count = sum(not found for found in there.values())
+        count = sum(not is_there for is_there in there.values())
         raise DataError(
             f"{lost[0]} ({count} of {len(there)} files are missing; relative paths start from "
             f"{root!r}: set the root, or skip such records)"
@@ -200,6 +195,14 @@ def read(
         why = f"; the first problem: {(problems or lost)[0]}" if problems or lost else ""
         raise DataError(f"{path}: no conversation can be used{why}")
     return kept
+
+
+def _root(file: Path, paths: Sequence[str]) -> str:
+    """Where relative paths start from, by what is there."""
+    for folder in (file.parent, file.resolve().parent.parent):
+        if any((folder / path).exists() for path in paths if path and "://" not in path):
+            return str(folder)
+    return str(file.parent)
 
 
 def _exists(path: str, known: dict[str, bool]) -> bool:

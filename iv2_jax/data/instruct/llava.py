@@ -73,7 +73,7 @@ class _Media:
         """Takes the files by kind."""
         self.named: list[Medium] = []
         self._left = {"image": images, "video": videos}
-        self._only_videos = not images
+        self._only_videos = bool(videos) and not images
 
     def take(self, value: str, field: str, first: bool) -> tuple[str, tuple[tuple[int, int], ...]]:
         """The question without the names of media, and the places of those within it."""

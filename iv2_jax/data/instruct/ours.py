@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from iv2_jax.data import stills
 from iv2_jax.data.instruct import fields
-from iv2_jax.data.instruct.conversations import Conversation, Medium, Turn, seconds
+from iv2_jax.data.instruct.conversations import KINDS, Conversation, Medium, Turn, kind_of, seconds
 from iv2_jax.data.records import FieldError, show
 
 _FIELDS = (
@@ -65,9 +64,7 @@ def _medium(entry: Any, field: str) -> Medium:
         ends = seconds(entry.get("start"), entry.get("end"))
     except FieldError as e:
         raise FieldError(f"{dot}{e.field}", e.message) from None
-    kind = key if key in ("video", "image") else None
-    kind = kind or ("image" if path.lower().endswith(stills.EXTENSIONS) else "video")
-    return Medium(kind, path, *ends)
+    return Medium(key if key in KINDS else kind_of(path), path, *ends)
 
 
 def _our_turn(pair: Any, field: str, shared: str) -> Turn:

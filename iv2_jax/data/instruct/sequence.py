@@ -16,7 +16,7 @@ import numpy as np
 from iv2_jax.data import prompts
 from iv2_jax.data.dialogue import IGNORE, Bos, Example
 from iv2_jax.data.instruct.conversations import Conversation, Turn
-from iv2_jax.data.prompts import BridgeText, Template
+from iv2_jax.data.prompts import Template
 from iv2_jax.data.tokenizers.language_model import LlmTokenizer
 from iv2_jax.errors import ConfigError, DataError, nearest
 
@@ -47,6 +47,7 @@ class SequenceConfig:
       max_length: most positions of a sequence.
       tokens_per_view: K, visual tokens that the bridge gives for a view.
       shuffle_turns: independent turns come in another order at every visit.
+      one_turn: a visit shows the first turn alone: with captions, one of them.
       compat: `none`: one token begins the sequence and every answer is a target.
         `released_tuning`: as Chat-8B was tuned, no beginning token and the first turn alone.
         `released_chat`: as its `chat()` writes prompts, a beginning token before every text
@@ -60,6 +61,7 @@ class SequenceConfig:
     max_length: int = 1024
     tokens_per_view: int = 96
     shuffle_turns: bool = True
+    one_turn: bool = False
     compat: str = "none"
 
     def __post_init__(self) -> None:
@@ -147,6 +149,7 @@ class SequenceBuilder:
         self.tokenizer = tokenizer
         self.template: Template = prompts.get_template(config.template)
         self._rules = COMPAT[config.compat]
+        self._one_turn = config.one_turn or self._rules.one_turn
 
     def visit(
         self, conversation: Conversation, rng: np.random.Generator | None = None
@@ -160,7 +163,7 @@ class SequenceBuilder:
         turns = conversation.turns
         if rng is not None and self.config.shuffle_turns and not conversation.ordered:
             turns = tuple(turns[i] for i in rng.permutation(len(turns)))
-        if self._rules.one_turn:
+        if self._one_turn:
             turns = turns[:1]
         return dataclasses.replace(conversation, turns=turns)
 
@@ -173,8 +176,8 @@ class SequenceBuilder:
     ) -> TokenSequence:
         """Builds the sequence of a conversation, or a prompt if its last answer is None.
 
-        A sequence longer than `max_length` is cut there, before a medium that would be cut in
-        two; what then follows the last target is left out as well, as nothing is learnt from it.
+        A sequence longer than `max_length` ends behind the last target within it: what follows,
+        the beginning of a medium perhaps, teaches nothing, and no medium is cut in two.
 
         Args:
           conversation: of `visit`, say.
@@ -209,7 +212,7 @@ class SequenceBuilder:
             dataclasses.replace(turn, instruction=instruction) for turn in conversation.turns
         )
         visits = [turns]
-        if self._rules.one_turn:
+        if self._one_turn:
             shuffled = self.config.shuffle_turns and not conversation.ordered
             visits = [(turn,) for turn in (turns if shuffled else turns[:1])]
         built = [
@@ -310,28 +313,29 @@ class SequenceBuilder:
         return ids
 
     def _fit(self, sequence: TokenSequence, is_prompt: bool) -> TokenSequence:
-        """Cuts a sequence to `max_length`."""
-        end = self.config.max_length
-        if sequence.length <= end:
-            return sequence
-        if is_prompt:
+        """Cuts a sequence to `max_length`; refuses a prompt that is longer."""
+        if is_prompt and sequence.length > self.config.max_length:
             raise DataError(
-                f"the prompt has {sequence.length} positions, max_length={end} fewer: ask less at "
-                "once, drop earlier turns or show fewer views"
+                f"the prompt has {sequence.length} positions, max_length={self.config.max_length} "
+                "fewer: ask less at once, drop earlier turns or show fewer views"
             )
-        for medium in {span.medium for span in sequence.spans}:
-            own = [span for span in sequence.spans if span.medium == medium]
-            if own[-1].start + own[-1].length > end:
-                end = min(end, own[0].start)
-        wanted = np.flatnonzero(sequence.targets[:end] != IGNORE)
-        end = int(wanted[-1]) + 1 if len(wanted) else 0
-        return TokenSequence(
-            sequence.tokens[:end],
-            sequence.visual_index[:end],
-            sequence.targets[:end],
-            spans=tuple(span for span in sequence.spans if span.start < end),
-            cut=sequence.length - end,
-        )
+        return cut(sequence, self.config.max_length)
+
+
+def cut(sequence: TokenSequence, length: int) -> TokenSequence:
+    """Cuts a sequence behind the last target within a length, which is never within a medium."""
+    if sequence.length <= length:
+        return sequence
+    # Between two targets a medium is whole, so an end behind a target splits none.
+    wanted = np.flatnonzero(sequence.targets[:length] != IGNORE)
+    end = int(wanted[-1]) + 1 if len(wanted) else 0
+    return TokenSequence(
+        sequence.tokens[:end],
+        sequence.visual_index[:end],
+        sequence.targets[:end],
+        spans=tuple(span for span in sequence.spans if span.start < end),
+        cut=sequence.cut + sequence.length - end,
+    )
 
 
 def _split(form: str) -> Iterator[tuple[str, str | None]]:
@@ -351,7 +355,7 @@ def _filled(form: str, **values: str) -> list[tuple[str, bool]]:
 
 
 def _runs(pieces: Sequence[_Text | _Slots], one_text: bool) -> Iterator[_Text | _Slots]:
-    """Joins neighbouring texts that are both targets or both not; drops empty ones.
+    """Joins neighbouring texts that are no targets; drops empty ones.
 
     With `one_text` nothing is a target, so that all text between media is joined.
     """
@@ -367,7 +371,7 @@ def _runs(pieces: Sequence[_Text | _Slots], one_text: bool) -> Iterator[_Text | 
         target = piece.target and not one_text
         if not parts:
             continue
-        if run is not None and run.target == target:
+        if run is not None and not (run.target or target):
             run.parts.extend(parts)
             continue
         if run is not None:
@@ -388,15 +392,3 @@ def _stripped(parts: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
         out[0] = (out[0][0].lstrip(), out[0][1])
         out[-1] = (out[-1][0].rstrip(), out[-1][1])
     return out
-
-
-def bridge_text(conversation: Conversation, mode: BridgeText) -> str | None:
-    """Text for the Q-Former: None gives it none, which is not the same as an empty one.
-
-    Args:
-      conversation: of `SequenceBuilder.visit`: the instruction is that of its first turn.
-      mode: what it is told (spec stage3 2.4).
-    """
-    first = conversation.turns[0]
-    shown = prompts.Dialogue((prompts.Turn(first.question),), first.instruction)
-    return prompts.bridge_text(shown, mode)
