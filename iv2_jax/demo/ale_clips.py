@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import multiprocessing
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -67,12 +68,14 @@ class Recording:
 
     Attributes:
         action: what the stick does, one of `ACTIONS`.
+        place: where the player is at first, a share of the screen's width.
         frames: (T, H, W, 3) uint8 RGB, 30 a second.
         sound: (T * 1024,) int16, `SOUND_RATE` Hz, in step with the frames.
         rewards: (T,) float, change of the score during each frame.
     """
 
     action: str
+    place: float
     frames: np.ndarray
     sound: np.ndarray
     rewards: np.ndarray
@@ -97,8 +100,30 @@ def record(game: Game, seed: int, num_frames: int = NUM_FRAMES) -> list[Recordin
     for start in player.starts():
         recordings = [player.play(start, action, num_frames) for action in ACTIONS]
         if None not in recordings:
-            return recordings
+            place = find_player(*(r.frames for r in recordings if r.action != "none"))
+            return [dataclasses.replace(r, place=place) for r in recordings]
     return []
+
+
+def find_player(left: np.ndarray, right: np.ndarray) -> float:
+    """Where the player of two clips from one start is at first.
+
+    What first differs between a push to the left and one to the right is the player, whichever
+    game it is.
+
+    Args:
+        left: (T, H, W, 3) uint8, the stick pushed to the left.
+        right: (T, H, W, 3) uint8, to the right.
+
+    Returns:
+        The middle of the columns that differ in the first frame in which more than a few pixels
+        do, as a share of the width; both edges of a player change, the rest of it does not.
+    """
+    for pair in zip(left, right, strict=True):
+        columns = np.nonzero(_changed(*pair))[1]
+        if len(columns) > _MOVED_PIXELS:
+            return float(np.percentile(columns, (10, 90)).mean() + 0.5) / left.shape[2]
+    return 0.5
 
 
 class _Start(NamedTuple):
@@ -229,13 +254,17 @@ class _Player:
                 rewards[-1] += reward
         if self.ale.game_over():
             return None
-        return Recording(action, np.stack(frames), _pcm(sound), np.array(rewards))
+        return Recording(action, math.nan, np.stack(frames), _pcm(sound), np.array(rewards))
 
 
 def _differ(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two screens differ in more than a few pixels."""
-    change = np.abs(a.astype(np.int16) - b.astype(np.int16)).sum(-1)
-    return int(np.sum(change > _MOVED_BY)) > _MOVED_PIXELS
+    return int(np.sum(_changed(a, b))) > _MOVED_PIXELS
+
+
+def _changed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The pixels (H, W) in which two screens differ."""
+    return np.abs(a.astype(np.int16) - b.astype(np.int16)).sum(-1) > _MOVED_BY
 
 
 def _pcm(steps: Sequence[np.ndarray]) -> np.ndarray:
@@ -295,7 +324,11 @@ def _record_task(task: tuple[Path, Game, int, str, int]) -> list[Clip]:
         sound = Sound(recording.sound, SOUND_RATE)
         write_clip(folder / f"{name}.mp4", recording.frames, fps=FPS, size=STORED_SIZE, sound=sound)
         facts = describe(
-            game, recording.action, recording.rewards, sound_facts(recording.sound, num_frames)
+            game,
+            recording.action,
+            recording.place,
+            recording.rewards,
+            sound_facts(recording.sound, num_frames),
         )
         clips.append(
             Clip(

@@ -17,11 +17,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", help="another stage-1 config (default: configs/demo/stage1.py of this clone)"
     )
     parser.add_argument("--seeds", type=int, default=3, help="students to train and compare")
+    parser.add_argument(
+        "--stages", type=int, choices=(1, 2), default=2, help="1 stops after the students"
+    )
+    parser.add_argument(
+        "--config2", help="another stage-2 config (default: configs/demo/stage2.py of this clone)"
+    )
+    parser.add_argument(
+        "--stage2", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of that config"
+    )
     parser.epilog = """\
 examples:
   iv2 demo
   iv2 demo --data clips.jsonl --out runs/mine
-  iv2 demo --seeds 1 --config.steps=40
+  iv2 demo --stages 1
+  iv2 demo --seeds 1 --config.steps=40 --stage2 steps=10 batch_size=16
 """
 
 
@@ -37,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
         config=args.config,
         seeds=args.seeds,
         overrides=args.overrides,
+        stages=args.stages,
+        stage2_config=args.config2,
+        stage2_overrides=args.stage2,
     )
     print(demo.closing_lines(summary, Path(args.out)))
     return 0

@@ -1,7 +1,7 @@
 """The games of the demo, and what can be said about a clip of them.
 
-Captions, labels and answers are composed from facts of the recording (game, stick, score, loudness)
-with sentences of our own.
+Captions, labels and answers are composed from facts of the recording (game, where the player is,
+stick, score, loudness) with sentences of our own.
 """
 
 from __future__ import annotations
@@ -131,10 +131,17 @@ _MOVES = {
     "left": ("moves to the left", "is steered to the left", "left"),
     "right": ("moves to the right", "is steered to the right", "right"),
 }
+# (in a clause of its own, after what is done, after a movement away from it)
+_PLACES = {
+    "left": ("on the left", "on the left side", "from the left side"),
+    "middle": ("near the middle", "in the middle", "from the middle"),
+    "right": ("on the right", "on the right side", "from the right side"),
+}
+_LEFT_OF, _RIGHT_OF = 0.4, 0.6  # shares of the screen's width between which it is the middle
 _SOUNDS = {
     "silent": "No sound.",
-    "bursts": "Short electronic sounds with silence between them.",
-    "steady": "Electronic sound of a video game all the time.",
+    "bursts": "Short electronic sounds of the game {title} with silence between them.",
+    "steady": "Electronic sound of the game {title} all the time.",
 }
 _AUDIBLE = 200.0  # standard deviation of int16 samples within a frame
 _SILENT_SHARE, _STEADY_SHARE = 0.05, 0.8
@@ -171,24 +178,36 @@ def sound_facts(samples: np.ndarray, num_frames: int) -> SoundFacts:
     return SoundFacts(kind, int(np.argmax(audible)))
 
 
-def describe(game: Game, action: str, rewards: np.ndarray, sound: SoundFacts) -> dict[str, Any]:
+def place_name(place: float) -> str:
+    """'left', 'middle' or 'right' for a share of the screen's width."""
+    return "left" if place < _LEFT_OF else "right" if place > _RIGHT_OF else "middle"
+
+
+def describe(
+    game: Game, action: str, place: float, rewards: np.ndarray, sound: SoundFacts
+) -> dict[str, Any]:
     """Captions, labels and question-answer pairs of a clip, as fields of `Clip`.
 
     Args:
         game: what is played.
         action: what the stick does: none, left or right.
+        place: where the player is at first, a share of the screen's width.
         rewards: (T,) change of the score in each frame.
         sound: from `sound_facts`.
 
     Returns:
-        Fields `captions` (video, audio), `labels` (topic, game, action, score, sound) and `qa`.
+        Fields `captions` (video, audio), `labels` (topic, game, place, action, score, sound) and
+        `qa`.
     """
     moves, steered, answer = _MOVES[action]
+    where = place_name(place)
+    beside, inside, away = _PLACES[where]
     changes = np.flatnonzero(rewards)
     score = "yes" if len(changes) else "no"
     scored = "and the score changes" if len(changes) else "and the score stays the same"
     qa = [
         ("Which game is this?", game.title),
+        (f"Where is the {game.player} at first?", where),
         (f"Which way is the {game.player} steered?", answer),
         ("Does the score change?", score),
         ("Is there any sound?", "no" if sound.kind == "silent" else "yes"),
@@ -203,14 +222,16 @@ def describe(game: Game, action: str, rewards: np.ndarray, sound: SoundFacts) ->
     return {
         "captions": {
             "video": (
-                f"{game.title}: the {game.player} {moves} while {game.scene}.",
-                f"In the video game {game.title} the {game.player} {steered}, {scored}.",
+                f"{game.title}: the {game.player}, {beside} at first, {moves} while {game.scene}.",
+                f"In the video game {game.title} the {game.player} {steered} "
+                f"{inside if action == 'none' else away}, {scored}.",
             ),
-            "audio": (_SOUNDS[sound.kind],),
+            "audio": (_SOUNDS[sound.kind].format(title=game.title),),
         },
         "labels": {
             "topic": "video game",
             "game": game.rom,
+            "place": where,
             "action": action,
             "score": score,
             "sound": sound.kind,

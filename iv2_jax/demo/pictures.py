@@ -67,6 +67,60 @@ def term_curves(run: Path) -> str:
         return _svg(figure)
 
 
+def align_curves(runs: Sequence[Path]) -> str:
+    """SVG: training loss of each stage-2 run, and the terms of the first one, smoothed."""
+    from iv2_jax.train.metrics import read_metrics
+
+    with _figure(7.2, 2.8, columns=2) as (figure, (left, right)):
+        for run, colour in zip(runs, _colours(len(runs)), strict=True):
+            steps, losses = _series(read_metrics(run, "train"), "loss")
+            left.plot(steps, losses, color=colour, alpha=0.3, lw=0.8)
+            left.plot(steps, _smooth(losses), color=colour, lw=1.6, label=run.name)
+            left.plot(*_series(read_metrics(run, "eval"), "loss"), "o", color=colour, ms=5)
+        left.set_ylabel("loss (dots: held-out clips)")
+        train = read_metrics(runs[0], "train")
+        names = [name for name in train[0] if name.startswith("loss_")]
+        for name, colour in zip(names, _colours(len(names)), strict=True):
+            steps, losses = _series(train, name)
+            right.plot(steps, _smooth(losses), color=colour, label=name.removeprefix("loss_"))
+            held_out = _series(read_metrics(runs[0], "eval"), name)
+            right.plot(*held_out, "o", color=colour, ms=4)
+        right.set_ylabel(f"terms of {runs[0].name}")
+        for axes in (left, right):
+            axes.set_xlabel("step")
+            axes.set_ylim(bottom=0)
+            axes.legend(frameon=False)
+        return _svg(figure)
+
+
+def recall_bars(found: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
+    """SVG: recalls on held-out clips, a bar a kind and a dot a seed; chance as a dashed line.
+
+    Args:
+      found: Kind -> recall (`t2v_r1`, ...) -> a value a seed.
+      kinds: Kind -> its name in the legend; `chance` is drawn as a line.
+    """
+    recalls = {"t2v_r1": "text→video R@1", "t2v_r5": "R@5", "v2t_r1": "video→text R@1"}
+    recalls["v2t_r5"] = "R@5 "
+    bars = [kind for kind in kinds if kind != "chance"]
+    width = 0.8 / len(bars)
+    colours = (TRAINED, COLOURS[2], RANDOM, "#dfe4ea")
+    with _figure(7.2, 2.8) as (figure, axes):
+        for i, (kind, colour) in enumerate(zip(bars, colours, strict=False)):
+            for group, recall in enumerate(recalls):
+                x, values = group - 0.4 + (i + 0.5) * width, found[kind][recall]
+                label = kinds[kind] if group == 0 else None
+                axes.bar(x, np.mean(values), 0.9 * width, color=colour, label=label)
+                axes.plot([x] * len(values), values, ".", color="black", ms=4)
+        for group, recall in enumerate(recalls):
+            level = np.mean(found["chance"][recall])
+            axes.plot([group - 0.42, group + 0.42], [level] * 2, color="#b5443c", lw=1.2, ls="--")
+        axes.set_xticks(range(len(recalls)), recalls.values())
+        axes.set_ylim(0, 1)
+        axes.legend(frameon=False, fontsize=7.5, ncols=2, loc="upper left")
+        return _svg(figure)
+
+
 def probe_bars(probes: Mapping[str, Any]) -> str:
     """SVG: accuracy on held-out clips, trained against random weights, a dot a seed."""
     names = list(probes)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from iv2_jax.demo import pictures
+from iv2_jax.demo import pictures, report_stage2
 from iv2_jax.demo.prepare import PreparedData
 
 QUERIES, NEIGHBOURS = 6, 5
@@ -24,6 +24,7 @@ def write(
     summary: Mapping[str, Any],
     prepared: PreparedData,
     runs: Sequence[Path],
+    aligned: Sequence[Path],
     commands: Sequence[str],
 ) -> Path:
     """Writes the page of a demo into `out`; returns its path.
@@ -33,6 +34,7 @@ def write(
       summary: The numbers.
       prepared: The clips.
       runs: Workdirs of the students.
+      aligned: Workdirs of stage 2, or none.
       commands: What was run.
     """
     config = json.loads((runs[0] / "config.json").read_text())
@@ -47,6 +49,7 @@ def write(
         probe_bars=pictures.probe_bars(summary["probes"]),
         probe_table=_probe_table(summary["probes"]),
         neighbours=_neighbours(out, prepared, runs[0]),
+        stage2=report_stage2.section(out, summary, aligned),
         clips=_clip_table(prepared),
         parts=_parts(summary),
         commands=html.escape("\n".join(commands)),
@@ -73,6 +76,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
             f"linear probe of “{html.escape(summary['probe_label'])}”, trained vs random weights, "
             f"mean of {len(summary['probe'])} seeds",
         ),
+        *_aligned_tiles(summary),
         (
             "unchecked" if difference is None else f"{difference:.0e}",
             "largest difference between Flax and the exported weights in PyTorch",
@@ -85,6 +89,20 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     return "".join(
         f"<div class=tile><b>{value}</b><span>{text}</span></div>" for value, text in tiles
     )
+
+
+def _aligned_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The headline of stage 2."""
+    if "retrieval" not in summary:
+        return []
+    found = {kind: np.mean(summary["retrieval"][kind]["t2v_r5"]) for kind in report_stage2.KINDS}
+    return [
+        (
+            f"{found['stage2']:.2f} <small>vs {found['frozen_random']:.2f}</small>",
+            f"text to video R@5 on held-out clips after stage 2, vs a random encoder; chance "
+            f"{found['chance']:.2f}",
+        )
+    ]
 
 
 def _teachers(config: Mapping[str, Any]) -> str:

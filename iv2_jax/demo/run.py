@@ -1,4 +1,4 @@
-"""The demo, end to end: clips, students, probes, export, report.
+"""The demo, end to end: clips, students, probes, export, alignment with sound and text, report.
 
 Every part that a user would call by hand is called here by its command line, in a process of its
 own; the commands are in the report.
@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 import iv2_jax
-from iv2_jax.demo import report
+from iv2_jax.demo import alignment, report
 from iv2_jax.demo.prepare import PreparedData, prepare
 from iv2_jax.errors import ConfigError, UserError
 from iv2_jax.train.metrics import read_metrics
@@ -52,6 +53,9 @@ def run(
     config: str | None = None,
     seeds: int = 3,
     overrides: Sequence[str] = (),
+    stages: int = 2,
+    stage2_config: str | None = None,
+    stage2_overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Runs the demo and writes `report.html` and `summary.json` into `out`.
 
@@ -61,6 +65,9 @@ def run(
       config: Stage-1 config file.
       seeds: Number of students, which differ in initialisation, data order and masks.
       overrides: `--config.field=value` arguments for every student.
+      stages: 1 stops after the students, 2 goes on with sound and text.
+      stage2_config: Stage-2 config file.
+      stage2_overrides: `field=value` of that config.
 
     Returns:
       The summary.
@@ -74,7 +81,10 @@ def run(
     timeline = Timeline()
     with timeline.part("clips"):
         prepared = prepare(out / "data", data=data)
-    config = config or _default_config()
+        aligns = stages > 1 and alignment.can_align(prepared)
+    config = config or _default_config(DEFAULT_CONFIG)
+    if aligns:
+        stage2_config = stage2_config or _default_config(alignment.CONFIG)
     targets = out / "targets"
     fields = (
         f"--config.data.source={prepared.manifest}",
@@ -107,9 +117,14 @@ def run(
         timeline.call("export", "--ckpt", str(runs[0]), "--to", str(exported))
         difference = check_export(runs[0], exported)
     summary = summarise(prepared, runs, json.loads(probe_file.read_text()), difference)
+    aligned: list[Path] = []
+    if aligns:
+        aligned = alignment.align(timeline, out, prepared, runs, stage2_config, stage2_overrides)
+        with timeline.part("yardsticks and swapped sounds"):
+            summary |= alignment.summarise(out, runs, aligned)
     with timeline.part("report"):
         summary |= timeline.totals()
-        report.write(out, summary, prepared, runs, timeline.commands)
+        report.write(out, summary, prepared, runs, aligned, timeline.commands)
     # The report shows the parts before it; the summary counts its own writing too.
     summary |= timeline.totals()
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -175,15 +190,15 @@ def _made_since(targets: Path, manifest: Path) -> bool:
     return index.is_file() and index.stat().st_mtime > manifest.stat().st_mtime
 
 
-def _default_config() -> str:
-    """The demo's config in this clone.
+def _default_config(name: str) -> str:
+    """A config of the demo in this clone.
 
     Raises:
       ConfigError: The package was installed without its clone.
     """
-    path = Path(iv2_jax.__file__).resolve().parents[1] / DEFAULT_CONFIG
+    path = Path(iv2_jax.__file__).resolve().parents[1] / name
     if not path.is_file():
-        raise ConfigError(f"{DEFAULT_CONFIG} is not here; run from a clone, or pass --config")
+        raise ConfigError(f"{name} is not here; run from a clone, or pass a config of your own")
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
@@ -273,13 +288,30 @@ def closing_lines(summary: dict[str, Any], out: Path) -> str:
 
     difference = summary["export_max_abs_diff"]
     checked = "not checked" if difference is None else f"differs by at most {difference:.1e}"
+    aligned = _aligned_lines(summary) if "retrieval" in summary else []
     return "\n".join(
         [
             f"held-out loss  {summary['loss_first']:.3f} -> {summary['loss_last']:.3f}",
             f"probe ({summary['probe_label']})  trained {mean(summary['probe'])}, random weights "
             f"{mean(summary['probe_random'])}, mean of {len(summary['probe'])} seeds",
             f"export in PyTorch  {checked}",
+            *aligned,
             f"took {summary['seconds'] / 60:.1f} min and {summary['peak_rss_gb']:.1f} GB",
             f"report: {out / 'report.html'}",
         ]
     )
+
+
+def _aligned_lines(summary: dict[str, Any]) -> list[str]:
+    """What is said of stage 2."""
+    found = summary["retrieval"]
+    rows = [("stage 2", "stage2"), ("random encoder", "frozen_random"), ("chance", "chance")]
+    recalls = ", ".join(
+        f"{title} " + " / ".join(f"{np.mean(found[kind][f't2v_r{k}']):.3f}" for k in (1, 5))
+        for title, kind in rows
+    )
+    lines = [f"text to video R@1 / R@5  {recalls}"]
+    if heard := summary["sound_swap"]["trained"]:
+        own, swapped = (np.mean([run[name] for run in heard]) for name in ("own", "swapped"))
+        lines.append(f"AVTC loss  own sound {own:.3f}, another clip's {swapped:.3f}")
+    return lines

@@ -63,6 +63,13 @@ def test_the_paddle_goes_where_it_is_pushed(seed):
     assert np.mean(np.diff(left)[:20] < 0) > 0.5
 
 
+@pytest.mark.parametrize("seed", [0, 4])
+def test_the_player_is_found(seed):
+    none, *_ = record(BREAKOUT, seed, num_frames=8)
+    column = paddle_columns(none.frames)[0] + 8  # of the whole screen
+    assert abs(none.place * none.frames.shape[2] - column) <= 6
+
+
 @pytest.mark.parametrize("rom", [game.rom for game in GAMES])
 def test_left_and_right_look_different_in_every_game(rom):
     _, left, right = record(BY_ROM[rom], 3, num_frames=16)
@@ -84,10 +91,12 @@ def test_clips_in_which_the_game_ends_are_not_used(monkeypatch):
 
     def play(self, start, action, num_frames):
         plays.append(action)
-        return None if len(plays) == 2 else action
+        nothing = np.zeros((num_frames, 1, 1, 3), np.uint8)
+        recording = ale_clips.Recording(action, 0.0, nothing, np.zeros(0), np.zeros(0))
+        return None if len(plays) == 2 else recording
 
     monkeypatch.setattr(ale_clips._Player, "play", play)
-    assert record(BREAKOUT, 0) == list(ACTIONS)
+    assert [r.action for r in record(BREAKOUT, 0)] == list(ACTIONS)
     assert plays == [*ACTIONS, *ACTIONS]
 
 

@@ -47,7 +47,7 @@ def test_loudness_is_measured(sounding, kind, first):
     [("none", "left alone", "nowhere"), ("left", "left", "left"), ("right", "right", "right")],
 )
 def test_captions_and_answers_say_the_action(action, words, answer):
-    facts = describe(GAMES[0], action, np.zeros(60), SILENT)
+    facts = describe(GAMES[0], action, 0.2, np.zeros(60), SILENT)
     assert facts["labels"]["action"] == action
     assert facts["labels"]["game"] == "breakout"
     assert words in facts["captions"]["video"][0]
@@ -55,10 +55,23 @@ def test_captions_and_answers_say_the_action(action, words, answer):
     assert facts["captions"]["audio"] == ("No sound.",)
 
 
+@pytest.mark.parametrize(("place", "name"), [(0.1, "left"), (0.5, "middle"), (0.9, "right")])
+def test_captions_and_answers_say_where_the_player_is(place, name):
+    facts = describe(GAMES[0], "none", place, np.zeros(60), SILENT)
+    assert facts["labels"]["place"] == name
+    assert all(name in caption for caption in facts["captions"]["video"])
+    assert dict(facts["qa"])["Where is the paddle at first?"] == name
+
+
+def test_captions_of_sound_name_the_game():
+    facts = describe(GAMES[0], "none", 0.5, np.zeros(60), SoundFacts("steady", 0))
+    assert facts["captions"]["audio"] == ("Electronic sound of the game Breakout all the time.",)
+
+
 def answers(score_at, sound):
     rewards = np.zeros(60)
     rewards[list(score_at)] = 1
-    facts = describe(GAMES[0], "none", rewards, sound)
+    facts = describe(GAMES[0], "none", 0.5, rewards, sound)
     return facts["labels"]["score"], dict(facts["qa"])
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import meta
 
 from iv2_jax import config as config_lib
 from iv2_jax.errors import ConfigError
@@ -58,8 +59,6 @@ def stage(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(stage):
-    from flax.core import meta
-
     return meta.unbox(jax.jit(stage.init_params)(jax.random.key(0)))
 
 
@@ -71,6 +70,16 @@ def _compiled(stage):
 def _loss(stage, params, batch, *, train=False, seed=0):
     loss, terms = _compiled(stage)(params, {}, batch, jax.random.key(seed), train=train)
     return float(loss), {name: float(value) for name, value in terms.items()}
+
+
+def test_retrieval_may_look_for_other_media_than_the_loss(tmp_path):
+    found = {}
+    for media in ("", "video"):
+        config = tiny_align.config(tmp_path, ("audio_video",), retrieval={"media": media})
+        stage = config.make_stage()
+        params = meta.unbox(jax.jit(stage.init_params)(jax.random.key(0)))
+        found[media] = stage.evaluate(params, {}, make_mesh(config.mesh))["clips"]
+    assert found == {"": 3, "video": 6}  # half of the videos have sound
 
 
 @pytest.mark.slow
@@ -201,8 +210,6 @@ def test_drop_path_of_frozen_towers_by_flag(tmp_path):
     )
     moving = dataclasses.replace(still, frozen_towers_in_train_mode=True)
     batch = _batch(still, "video")
-    from flax.core import meta
-
     params = meta.unbox(jax.jit(still.make_stage().init_params)(jax.random.key(0)))
     for config, same in ((still, True), (moving, False)):
         stage = config.make_stage()
@@ -223,8 +230,6 @@ def test_released_gradient_of_the_contrast(tmp_path):
     for factor in (1.0, 1 / 64):
         loss = dataclasses.replace(config.loss, weights=weights, feature_gradient=factor)
         stage = dataclasses.replace(config, loss=loss).make_stage()
-        from flax.core import meta
-
         params = meta.unbox(jax.jit(stage.init_params)(jax.random.key(0)))
         batch = _batch(config, "video")
         grads[factor] = jax.jit(
