@@ -97,11 +97,11 @@ def test_all_media_train_and_evaluate(tmp_path):
 def test_stopped_and_resumed_in_mid_epoch_gives_the_same_losses(tmp_path):
     loss = {"weights": {"vtc": 1.0, "atc": 1.0}}
     media = ("audio", "image", "video")
-    whole = tiny_align.config(tmp_path, media, steps=7, loss=loss, retrieval={"enabled": False})
+    whole = tiny_align.config(tmp_path, media, steps=7, loss=loss, eval_data=None)
     loop.train(whole, tmp_path / "whole")
     shown = [line["media"] for line in itertools.islice(whole.make_stage().train_batches(0), 7)]
     assert len(set(shown)) == 3
-    part = dataclasses.replace(whole, stop_after=2)
+    part = dataclasses.replace(whole, stop_after=3)
     while loop.train(part, tmp_path / "part").reason == "stopped":
         pass
     assert _lines(tmp_path / "part") == _lines(tmp_path / "whole")
@@ -266,24 +266,23 @@ def test_decay_groups_are_the_original_s():
         assert ours[entry.path] == (0.0 if none else 1.0), key
 
 
-def test_eight_devices_give_one_device_s_losses_and_gradients(tmp_path):
+def test_eight_devices_give_one_device_s_terms_and_gradient_norm(tmp_path):
     config = tiny_align.config(tmp_path, ("audio_video",), batch_size=8)
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, group_size=4))
     batch = _batch(config, "audio_video")
-    found = {}
-    for mesh in ({"max_devices": 1}, {"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}):
+    found = []
+    for mesh in ({"max_devices": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
         run = dataclasses.replace(config, mesh=config_lib.build(type(config.mesh), mesh))
         stage = run.make_stage()
         program = build_program(run, stage, make_mesh(run.mesh))
         state = program.init(jax.random.key(0))
         arrays = loop.to_device(batch, stage.host_arrays, program.mesh)
-        state, metrics = program.train_step(state, {}, arrays, jax.random.key(1))
-        found[tuple(mesh.items())] = jax.device_get((metrics, state.params))
-    one, *others = found.values()
-    for metrics, params in others:
-        for name, value in metrics.items():
-            assert value == pytest.approx(one[0][name], rel=1e-4, abs=1e-5), name
-        del params
+        _, metrics = program.train_step(state, {}, arrays, jax.random.key(1))
+        found.append(jax.device_get(metrics))
+    one, eight = found
+    for name, value in eight.items():
+        limit = 1e-4 if name == "grad_norm" else 1e-5
+        assert value == pytest.approx(one[name], rel=limit, abs=limit), name
 
 
 @pytest.mark.parametrize(
