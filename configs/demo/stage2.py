@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(
         {
             "stage": "align",
-            "steps": 160,
+            "steps": 120,
             "batch_size": 64,
             "stage2": {
                 "vision": {

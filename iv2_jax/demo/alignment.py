@@ -118,7 +118,7 @@ def summarise(out: Path, students: Sequence[Path], runs: Sequence[Path]) -> dict
         },
         "sound_swap": {
             "trained": swap_sounds(runs),
-            "before": swap_sounds(runs, trained=False),
+            "before": swap_sounds(runs[:1], trained=False),
         },
     }
 
