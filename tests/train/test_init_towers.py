@@ -18,6 +18,9 @@ from iv2_jax.models.text.bert import BertConfig
 from iv2_jax.train.init_towers import TowerInit, assemble, load_towers
 from tests.interop.family_cases import random_tree
 
+# Most files here are PyTorch's; `make test-all` has it.
+pytestmark = pytest.mark.torch
+
 STAGE1 = zoo.get("test_tiny_pretrain")
 STAGE1 = dataclasses.replace(STAGE1, encoder=dataclasses.replace(STAGE1.encoder, num_frames=8))
 STAGE2 = zoo.get("test_tiny_stage2")
@@ -40,7 +43,7 @@ def _flat(tree):
 
 def _torch_file(path, params, config, wrapper=None, prefix=""):
     """A file as the original saves it."""
-    import torch
+    torch = pytest.importorskip("torch", reason="needs the torch extra")
 
     state = {
         prefix + key: torch.from_numpy(np.array(value))
@@ -158,7 +161,7 @@ def _hf_folder(path, depth=3, **described):
     """A folder of transformers: bare keys, a pooler, no masked-LM head, a config.json."""
     import json
 
-    import torch
+    torch = pytest.importorskip("torch", reason="needs the torch extra")
 
     config, params = _googles(depth)
     state = {
@@ -362,7 +365,7 @@ def test_clip_from_parts_and_an_overlay(tmp_path):
 
     stage2, text, tuned = _params(STAGE2, 1), _params(CLIP, 2), _params(CLIP, 3)
     delta = clip_recipes.clip_delta(tuned, CLIP)
-    import torch
+    torch = pytest.importorskip("torch", reason="needs the torch extra")
 
     torch.save({k: torch.from_numpy(np.array(v)) for k, v in delta.items()}, tmp_path / "d.pth")
     inits = [
