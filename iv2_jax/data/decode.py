@@ -17,7 +17,6 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 
 import av
 import av.error
@@ -25,6 +24,7 @@ import av.video.reformatter
 import numpy as np
 
 from iv2_jax.data import packets
+from iv2_jax.data.closing import Closing
 from iv2_jax.errors import UserError
 
 _SKIPPABLE_CODECS = ("h264", "hevc")  # decoders that can leave out unreferenced frames
@@ -43,7 +43,7 @@ class DecodeError(UserError, ValueError):
         return f"{self.path}: {self.reason}"
 
 
-class VideoReader:
+class VideoReader(Closing):
     """Frames of one video, or of a stretch of it, by index.
 
     Usable as a context manager; `close` frees the file. Not safe for use by two threads at once.
@@ -85,17 +85,6 @@ class VideoReader:
         self._rgb = av.video.reformatter.VideoReformatter()
         self._container, self._stream = self._open()
         self._may_skip = threads == 1 and self._codec.name in _SKIPPABLE_CODECS
-
-    def __enter__(self) -> VideoReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the file."""

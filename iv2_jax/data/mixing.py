@@ -10,12 +10,12 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from iv2_jax.data import padding, pipeline
+from iv2_jax.data.closing import Closing
 from iv2_jax.data.corpora import open_data
 from iv2_jax.data.data_config import DataConfig
 from iv2_jax.data.modalities import MEDIA
@@ -168,7 +168,7 @@ def media_seed(seed: int, name: str) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
 
 
-class MixedLoader(Iterator[dict[str, Any]]):
+class MixedLoader(Closing, Iterator[dict[str, Any]]):
     """Batches of all media types; also a context manager, as worker processes need closing.
 
     Attributes:
@@ -210,17 +210,6 @@ class MixedLoader(Iterator[dict[str, Any]]):
     def bad_rows(self) -> int:
         """Rows so far whose first choice did not decode."""
         return sum(loader.monitor.bad_rows for loader in self._loaders.values())
-
-    def __enter__(self) -> MixedLoader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Ends the worker processes and threads; no batch comes after it."""

@@ -28,12 +28,12 @@ import shutil
 import sys
 import weakref
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from iv2_jax.data.badclips import BadClipMonitor
+from iv2_jax.data.closing import Closing
 from iv2_jax.data.corpora import match_ids, open_data, spread_of
 from iv2_jax.data.data_config import DataConfig
 from iv2_jax.data.modalities import WITH_PICTURES
@@ -45,7 +45,7 @@ from iv2_jax.errors import ConfigError, DataError
 ENDLESS_STEPS = 1 << 40
 
 
-class Loader(Iterator[dict[str, np.ndarray]]):
+class Loader(Closing, Iterator[dict[str, np.ndarray]]):
     """Iterator over batches; also a context manager, as worker processes need closing.
 
     Attributes:
@@ -98,17 +98,6 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         self.bad_sounds += int(np.sum(batch.pop("bad_sound", 0)))
         # Out of shared memory: a batch that the caller keeps must not hold a segment of it.
         return {name: np.array(value) for name, value in batch.items()}
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Ends the worker processes and threads; no batch comes after it."""

@@ -252,12 +252,10 @@ class Rows:
             texts = self._texts.pick(index, _side_rng(self._seed, row, 0) if train else None)
             if not texts and config.media == "text":
                 raise DecodeError(name, f"has no caption named {' or '.join(self._texts.names)}")
-        kept = self._kept.get(index)
-        if kept is None:
-            kept = self._read_media(index, row, rng, name, texts, warnings)
-            if config.keep_gb:
-                self._kept.put(index, kept)
-        arrays = kept
+        arrays = self._kept.get(index)
+        if arrays is None:
+            arrays = self._read_media(index, row, rng, name, texts, warnings)
+            self._kept.put(index, arrays)
         if self._texts is not None:
             arrays |= self._texts.ids(texts)
         for warning in warnings:

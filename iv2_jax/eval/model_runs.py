@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
@@ -93,14 +93,8 @@ def at_step_0(path: str) -> EvaluatedModel:
 
 def fresh_params(config: ModelConfig, seed: int) -> Any:
     """Parameters of a model as initialised, on the host."""
-    kind = kinds.of(config)
-    inputs = {
-        name: jnp.zeros(value.shape, value.dtype)
-        for name, value in kind.inputs(config).items()
-        if isinstance(value, jax.ShapeDtypeStruct)
-    }
-    init = jax.jit(kind.build(config).init)
-    return jax.device_get(meta.unbox(init(jax.random.key(seed), **inputs)["params"]))
+    init = jax.jit(functools.partial(kinds.of(config).init_params, config))
+    return jax.device_get(meta.unbox(init(jax.random.key(seed))))
 
 
 def evaluation_set(

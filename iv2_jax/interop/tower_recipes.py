@@ -288,10 +288,8 @@ def _bert_tower(source: WeightSource, config: BertConfig) -> Taken:
     @cache
     def draw() -> dict[str, Any]:
         """Fresh parameters of the tower, drawn on the host's CPU."""
-        kind = kinds.of(config)
-        inputs = {name: np.zeros(x.shape, x.dtype) for name, x in kind.inputs(config).items()}
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            params = kind.build(config).init(jax.random.key(0), **inputs)["params"]
+            params = kinds.of(config).init_params(config, jax.random.key(0))
         return traverse_util.flatten_dict(meta.unbox(params), sep="/")
 
     state, fresh, left = bert_tensors(tensors, table, draw, source=str(source.path))

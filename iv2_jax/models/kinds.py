@@ -55,14 +55,17 @@ class Kind:
 
     def boxed_params(self, config: Any) -> dict[str, Any]:
         """Parameter tree as boxed `jax.ShapeDtypeStruct`s, with the logical axis names."""
-        arrays, static = {}, {}
-        for name, value in self.inputs(config).items():
-            is_abstract = any(
-                isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value)
-            )
-            (arrays if is_abstract else static)[name] = value
-        init = partial(self.build(config).init, **static)
-        return jax.eval_shape(init, jax.random.key(0), **arrays)["params"]
+        return jax.eval_shape(partial(self.init_params, config), jax.random.key(0))
+
+    def init_params(self, config: Any, rng: jax.Array) -> dict[str, Any]:
+        """Fresh parameters, boxed with their logical axis names; traceable."""
+
+        def zeros(leaf: Any) -> Any:
+            is_abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+            return jnp.zeros(leaf.shape, leaf.dtype) if is_abstract else leaf
+
+        inputs = jax.tree.map(zeros, dict(self.inputs(config)))
+        return self.build(config).init({"params": rng}, **inputs)["params"]
 
 
 def resolve(path: str) -> Any:

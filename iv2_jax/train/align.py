@@ -121,7 +121,8 @@ class AlignStage(PairStage):
         names = self._names(batch)
         teacher = self._teach(frozen, batch, names, train)
         visible = self._visible(batch, teacher, rng) if train else None
-        towers = Towers(*(train and (on or self._all_train) for on in self._trained))
+        every = self.config.frozen_towers_in_train_mode
+        towers = Towers(*(train and (on or every) for on in self._trained))
         draws = Draws(rng, loss, self.config.stage2.text.vocab_size)
         given = {"visible": visible, "teacher": teacher, "train": towers}
         terms = self.model.apply(
@@ -133,17 +134,11 @@ class AlignStage(PairStage):
         metrics = {f"loss_{name}": value for name, value in terms.items()}
         return total, metrics | {"temperature": params["temp"].astype(jnp.float32)}
 
-    @property
-    def _all_train(self) -> bool:
-        return self.config.frozen_towers_in_train_mode
-
     def _names(self, batch: Batch) -> tuple[str, ...]:
         """The terms of a batch."""
         loss = self.config.loss
         if "has_video" in batch:
-            media = set(self.config.data.media)
-            running = {name for kind in media for name in loss.terms(kind)}
-            return tuple(name for name in loss.all_terms() if name in running)
+            return loss.terms_of_any(self.config.data.media)
         return loss.terms(media_of(batch))
 
     def _teach(

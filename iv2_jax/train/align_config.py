@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -79,9 +80,8 @@ class AlignLossConfig:
 
     Attributes:
         weights: term -> weight; terms that are not named weigh nothing and are not computed.
-        captions: term -> name of the caption it uses; others take the first of `data`'s captions,
-            named by `default_caption`.
-        default_caption: the caption of terms not in `captions`.
+        captions: term -> name of the caption it uses.
+        default_caption: the caption of terms that `captions` does not name.
         media: media type -> the terms it runs, of those that weigh something (spec 6.6).
         contrastive: `softmax`, or the pairwise `sigmoid` with a learned bias.
         form: how the global contrast is computed: `dense`, `chunked` or `ring`; the same numbers
@@ -92,8 +92,8 @@ class AlignLossConfig:
             device. 0 takes the whole batch.
         hard_negatives: find negatives by similarity, else by chance.
         words: hiding of words.
-        released_audio_mlm: in audio batches run `amlm` only where `mlm` weighs something, and
-            report it as `mlm` (trap 11.21).
+        released_audio_mlm: in audio batches run `amlm` only where `mlm` weighs something
+            (trap 11.21); it is reported as `amlm` in any case.
         teacher_ratios: weights of the tokens' and of the final feature's part of `uta`.
         teacher_on_images_only: the `uta` term leaves videos out.
     """
@@ -151,9 +151,9 @@ class AlignLossConfig:
             and not (name == "uta" and media != "image" and self.teacher_on_images_only)
         )
 
-    def all_terms(self) -> tuple[str, ...]:
-        """Every term that any media type runs, in the table's order."""
-        running = {name for media in self.media for name in self.terms(media)}
+    def terms_of_any(self, media: Iterable[str]) -> tuple[str, ...]:
+        """Every term that one of these media types runs, in the table's order."""
+        running = {name for kind in media for name in self.terms(kind)}
         return tuple(name for name in TERMS if name in running)
 
 
@@ -213,8 +213,7 @@ class AlignConfig(PairConfig):
 
     def _check_heads(self) -> None:
         """The model has what the terms need."""
-        model, terms = self.stage2, self.loss.all_terms()
-        running = {t for name in self.data.media for t in self.loss.terms(name)}
+        model, terms = self.stage2, self.loss.terms_of_any(self.data.media)
         needs = {
             "audio": (model.audio is not None, lambda t: TERMS[t].media != "video"),
             "av_fusion": (model.av_fusion, lambda t: t in ("avtc", "avtm")),
@@ -224,10 +223,10 @@ class AlignConfig(PairConfig):
         }
         for part, (has, needed_by) in needs.items():
             for term in terms:
-                if term in running and needed_by(term) and not has:
+                if needed_by(term) and not has:
                     raise ConfigError(f"loss term {term!r} needs stage2.{part}")
         if self.loss.contrastive == "sigmoid" and model.contrast_bias_init is None:
             raise ConfigError("loss.contrastive='sigmoid' needs stage2.contrast_bias_init")
         masks = (self.video_mask.kind, self.image_mask.kind)
-        if self.teacher is None and ("uta" in running or "attention" in masks):
+        if self.teacher is None and ("uta" in terms or "attention" in masks):
             raise ConfigError("the uta term and attention masks need config.teacher")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from iv2_jax.data import fbank
+from iv2_jax.data import row_sounds
 from iv2_jax.data.data_config import DataConfig
 from iv2_jax.data.mixing import MIXED, MixConfig
 from iv2_jax.data.modalities import WITH_PICTURES, WITH_SOUND
@@ -30,8 +30,7 @@ def abstract_batch(data: DataConfig, rows: int) -> dict[str, jax.ShapeDtypeStruc
         views = (data.num_views,) if data.num_views > 1 else ()
         batch["video"] = array(*views, data.frames, data.size, data.size, 3, dtype=jnp.uint8)
     if data.media in WITH_SOUND:
-        frames = fbank.num_frames(round(data.audio.seconds * fbank.SAMPLE_RATE))
-        batch["fbank"] = array(frames, data.audio.num_mels, dtype=jnp.float32)
+        batch["fbank"] = array(*row_sounds.feature_shape(data.audio), dtype=jnp.float32)
         batch["has_audio"] = array(dtype=jnp.bool_)
     if data.text is not None:
         batch["match_id"] = array(dtype=jnp.int32)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -118,13 +117,7 @@ class PairStage(Stage):
 
     def init_params(self, rng: jax.Array) -> Any:
         """Fresh parameters (boxed)."""
-        inputs = kinds.of(self.config.model).inputs(self.config.model)
-        arrays = {
-            name: jnp.zeros(x.shape, x.dtype)
-            for name, x in inputs.items()
-            if isinstance(x, jax.ShapeDtypeStruct)
-        }
-        return self.model.init({"params": rng}, **arrays)["params"]
+        return kinds.of(self.config.model).init_params(self.config.model, rng)
 
     def starting_params(self) -> Any:
         """What `init` names, as a part of the parameter tree."""
