@@ -8,11 +8,16 @@
 #
 # PY=python3.12 picks another Python; OUT=dir another folder for the demo.
 
+# WORKERS=1 runs the tests in one process; each takes up to 4 GB.
+
 PY ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
 DATA ?=
+WORKERS ?= 2
 BIN := $(VENV)/bin
+# A file's tests stay together: they share what its fixtures compile.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-all lint clean
@@ -47,10 +52,10 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/iv2 demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.installed-all
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

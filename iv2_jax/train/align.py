@@ -20,10 +20,13 @@ A row counts in a term only if it has the media and the words that the term comp
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from iv2_jax.data.mixing import MIXED
 from iv2_jax.data.modalities import WITH_PICTURES, WITH_SOUND
@@ -33,6 +36,7 @@ from iv2_jax.models.teachers.base import Teacher, TeacherOutput
 from iv2_jax.objectives import contrastive
 from iv2_jax.train.align_config import AlignConfig, Towers, VisionMask
 from iv2_jax.train.align_terms import BatchTerms, Draws, named_rng
+from iv2_jax.train.kept_texts import PREFIX, KeptTexts
 from iv2_jax.train.pairs import PairStage
 from iv2_jax.train.stage import Batch, Metrics
 
@@ -58,6 +62,14 @@ class AlignStage(PairStage):
             self.teacher = teachers.get(config.teacher.name, config.teacher.options)
             self._check_teacher()
         self._trained = self._trained_towers()
+        if config.keep_texts:
+            self._check_text_is_frozen()
+
+    def _check_text_is_frozen(self) -> None:
+        fusion = _TOWERS.fusion.rstrip("/")
+        for path in self.trained_paths():
+            if path.startswith("text_encoder/") and not path.startswith(fusion):
+                raise ConfigError(f"keep_texts: {path} is trained; freeze text_encoder/.* or not")
 
     def _check_teacher(self) -> None:
         """The decoders of the vision tower must fit the teacher."""
@@ -90,6 +102,35 @@ class AlignStage(PairStage):
     def abstract_frozen(self) -> Any:
         """Shapes of `load_frozen`."""
         return {} if self.teacher is None else jax.eval_shape(self.teacher.init, jax.random.key(0))
+
+    @functools.cached_property
+    def _kept_texts(self) -> KeptTexts | None:
+        """Captions' features that are computed once; None where they are computed every time."""
+        if not self.config.keep_texts:
+            return None
+        params = self.starting_params()["text_encoder"]
+        return KeptTexts(self.config.stage2.text, params, self.config.loss.words.pad_id)
+
+    def train_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """Endless training batches from `start_step` on."""
+        batches = super().train_batches(start_step)
+        return batches if self._kept_texts is None else self._kept_texts.stream(batches)
+
+    def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """The held-out clips once, in order."""
+        batches = super().eval_batches()
+        return batches if self._kept_texts is None else self._kept_texts.stream(batches)
+
+    def abstract_batches(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """Arrays of each media type's batches."""
+        kinds = super().abstract_batches(batch_size)
+        if self.config.keep_texts:
+            width = self.config.stage2.text.width
+            feature = jax.ShapeDtypeStruct((batch_size, width), jnp.float32)
+            for arrays in kinds.values():
+                names = [name for name in arrays if name.startswith("text_")]
+                arrays |= {PREFIX + name.removeprefix("text_"): feature for name in names}
+        return kinds
 
     def tokens_per_clip(self, kind: str = "") -> int:
         """Tokens of all towers in training: visible patches, sound, and its captions."""

@@ -167,6 +167,8 @@ class AlignConfig(PairConfig):
         video_mask: Patches seen of videos in training.
         image_mask: Patches seen of images in training.
         teacher: Frozen teacher of the `uta` term and of `attention` masks.
+        keep_texts: Compute a frozen text tower's features once for each caption and keep them; for
+            contrasts of captions that are shown many times.
     """
 
     stage2: Stage2Config
@@ -174,6 +176,7 @@ class AlignConfig(PairConfig):
     video_mask: VisionMask = field(default_factory=VisionMask)
     image_mask: VisionMask = field(default_factory=lambda: VisionMask(ratio=0.5))
     teacher: TeacherConfig | None = None
+    keep_texts: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,3 +233,15 @@ class AlignConfig(PairConfig):
         masks = (self.video_mask.kind, self.image_mask.kind)
         if self.teacher is None and ("uta" in terms or "attention" in masks):
             raise ConfigError("the uta term and attention masks need config.teacher")
+        if self.keep_texts:
+            self._check_kept_texts(terms)
+
+    def _check_kept_texts(self, terms: tuple[str, ...]) -> None:
+        """What is kept is one feature a caption, of the weights that the run starts from."""
+        for term in terms:
+            if TERMS[term].kind in ("match", "words"):
+                raise ConfigError(f"keep_texts: loss term {term!r} reads every word of a caption")
+        if self.init_from or not any(init.tower in ("text", "model") for init in self.init):
+            raise ConfigError("keep_texts needs the text tower's weights in config.init")
+        if self.frozen_towers_in_train_mode:
+            raise ConfigError("keep_texts: frozen_towers_in_train_mode draws dropout every time")

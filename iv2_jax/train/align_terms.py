@@ -19,6 +19,7 @@ from iv2_jax.models.teachers.base import TeacherOutput
 from iv2_jax.models.text.bert_layers import Versions
 from iv2_jax.objectives import contrastive, distillation, masked_lm, matching
 from iv2_jax.objectives.alignment_terms import TERMS
+from iv2_jax.train import kept_texts
 from iv2_jax.train.align_config import AlignLossConfig, Towers
 from iv2_jax.train.stage import Batch
 
@@ -185,6 +186,8 @@ class BatchTerms:
             versions[key] = ids
         if not versions:  # sound against picture alone
             return {}
+        if any(name.startswith(kept_texts.PREFIX) for name in self.batch):
+            return self._kept_texts(whole, masks)
         ids, mask = jnp.stack(list(versions.values()), axis=1), jnp.stack(masks, axis=1)
         flat = (-1, ids.shape[-1])
         text = self.model.encode_text(ids.reshape(flat), mask.reshape(flat), train=self.train.text)
@@ -195,6 +198,15 @@ class BatchTerms:
                 text.joint.reshape(*ids.shape[:2], -1)[:, i],
             )
             for i, key in enumerate(versions)
+        }
+
+    def _kept_texts(self, names: list[str], masks: list[jax.Array]) -> dict[str, TextFeatures]:
+        """Captions whose features the batch has already; contrasts alone are computed of them."""
+        captions = dict.fromkeys(self.loss.caption(name) for name in names)
+        first = {name: self.batch[kept_texts.PREFIX + name] for name in captions}
+        return {
+            f"caption {name}": TextFeatures(x[:, None], mask, self.model.project_text(x))
+            for (name, x), mask in zip(first.items(), masks, strict=True)
         }
 
     def _version(self, name: str) -> str:
