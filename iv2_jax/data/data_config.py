@@ -52,9 +52,11 @@ class DataConfig:
       shuffle: a new order every epoch.
       fixed_view: training: every clip always in its evaluation view, so that what was computed of
         it once stays true.
-      keep_gb: memory for pictures and sound of a `fixed_view`, so that they are decoded once, in
-        each worker process; what does not fit is decoded every time. Sound must be cropped the
-        same way every time, too.
+      keep_gb: memory for pictures and sound of a `fixed_view` or of `keep_views`, so that they are
+        decoded once, in each worker process; what does not fit is decoded every time. Sound must
+        be cropped the same way every time, too.
+      keep_views: training: the random views that a clip has in all, of which each visit shows one;
+        0 draws a new one every time.
       targets: folder of arrays stored by clip, see `data.targets`.
       eval: one pass in the list's order, deterministic views, last batch padded.
       num_workers: worker processes; 0 decodes in threads of this process.
@@ -97,6 +99,7 @@ class DataConfig:
     shuffle: bool = True
     fixed_view: bool = False
     keep_gb: float = 0.0
+    keep_views: int = 0
     targets: str = ""
     eval: bool = False
     num_workers: int = 0
@@ -138,8 +141,16 @@ class DataConfig:
             )
         if not self.keep_gb >= 0:
             raise ConfigError(f"data.keep_gb must be at least 0, is {self.keep_gb}")
-        if self.keep_gb and not self.fixed_view:
-            raise ConfigError("data.keep_gb needs data.fixed_view: other views differ every time")
+        if self.keep_gb and not (self.fixed_view or self.keep_views):
+            raise ConfigError(
+                "data.keep_gb needs data.fixed_view or data.keep_views: other views differ every "
+                "time"
+            )
+        if self.keep_views < 0:
+            raise ConfigError(f"data.keep_views must be at least 0, is {self.keep_views}")
+        if self.keep_views and (self.fixed_view or self.eval or self.flip):
+            # Whether a clip may be mirrored depends on the caption of the visit.
+            raise ConfigError("data.keep_views needs data.fixed_view, eval and flip to be False")
         if self.keep_gb and self.audio is not None and self.audio.crop == "random":
             raise ConfigError("data.keep_gb needs data.audio.crop='first' or 'center'")
         if self.targets and not (self.fixed_view or self.eval):

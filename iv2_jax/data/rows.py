@@ -79,8 +79,13 @@ def row_rng(seed: int, row: int) -> np.random.Generator:
 
 
 def _side_rng(seed: int, row: int, modality: int) -> np.random.Generator:
-    """The generator for a row's texts (0) or sound (1): neither depends on the pictures."""
+    """The generator for a row's texts (0), sound (1) or which of its clip's views it shows (2)."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2, row, modality)))
+
+
+def _view_rng(seed: int, view: int) -> np.random.Generator:
+    """The generator for the pictures of a view that is shown more than once."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(4, view)))
 
 
 class Rows:
@@ -252,10 +257,15 @@ class Rows:
             texts = self._texts.pick(index, _side_rng(self._seed, row, 0) if train else None)
             if not texts and config.media == "text":
                 raise DecodeError(name, f"has no caption named {' or '.join(self._texts.names)}")
-        arrays = self._kept.get(index)
+        view = index
+        if config.keep_views:
+            at = int(_side_rng(self._seed, row, 2).integers(config.keep_views))
+            view = index * config.keep_views + at
+            rng = _view_rng(self._seed, view)
+        arrays = self._kept.get(view)
         if arrays is None:
             arrays = self._read_media(index, row, rng, name, texts, warnings)
-            self._kept.put(index, arrays)
+            self._kept.put(view, arrays)
         if self._texts is not None:
             arrays |= self._texts.ids(texts)
         for warning in warnings:

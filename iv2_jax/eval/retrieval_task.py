@@ -108,9 +108,8 @@ def evaluation_data(data: DataConfig) -> DataConfig:
     augment = data.augment
     if augment not in EVAL_AUGMENTS:
         augment = "stretch" if augment == "random_resized_crop" else "center"
-    return dataclasses.replace(
-        data, eval=True, augment=augment, mask="none", fixed_view=False, targets=""
-    )
+    one_pass = {"eval": True, "fixed_view": False, "keep_views": 0, "keep_gb": 0.0}
+    return dataclasses.replace(data, **one_pass, augment=augment, mask="none", targets="")
 
 
 def open_loader(data: DataConfig, batch_size: int, seed: int) -> Loader:

@@ -92,6 +92,7 @@ class _Teach:
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Position and arrays of each clip that decodes."""
         view: dict[str, Any] = {"eval": True, "fixed_view": False, "mask": "none", "targets": ""}
+        view |= {"keep_views": 0, "keep_gb": 0.0}
         config = self.stage.config
         with make_loader(
             dataclasses.replace(data, **view),

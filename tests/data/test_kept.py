@@ -81,3 +81,35 @@ def test_kept_clips_are_decoded_once_and_give_the_same_batches(tmp_path, monkeyp
 def test_views_that_differ_are_not_kept():
     with pytest.raises(ConfigError, match="fixed_view"):
         DataConfig(keep_gb=1.0)
+
+
+def test_kept_views_are_drawn_once_and_shown_in_any_order(tmp_path, monkeypatch):
+    config = DataConfig(
+        source=str(write_list(tmp_path)),
+        num_frames=4,
+        size=32,
+        augment="random_resized_crop",
+        flip=False,
+        keep_views=3,
+        threads=0,
+    )
+    expected = read(config, 12)
+    decoded = []
+    load_views = rows.load_views
+    monkeypatch.setattr(
+        rows, "load_views", lambda *args, **kw: decoded.append(1) or load_views(*args, **kw)
+    )
+    kept = read(dataclasses.replace(config, keep_gb=1.0), 12)
+    for a, b in zip(expected, kept, strict=True):
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+    shown = {
+        (int(i), v.tobytes()) for b in kept for i, v in zip(b["index"], b["video"], strict=True)
+    }
+    assert 3 < len(shown) <= 9  # more than one view a clip, no more than three
+    assert len(decoded) == len(shown)
+
+
+@pytest.mark.parametrize("changes", [{"flip": True}, {"fixed_view": True, "augment": "center"}])
+def test_kept_views_must_be_the_same_at_every_visit(changes):
+    with pytest.raises(ConfigError, match="keep_views needs"):
+        DataConfig(**{"flip": False, "keep_views": 2, "augment": "random_resized_crop"} | changes)
