@@ -18,6 +18,7 @@ import numpy as np
 from flax import traverse_util
 from flax.core import meta
 
+from iv2_jax import storage
 from iv2_jax.errors import CheckpointError
 from iv2_jax.interop import families, load, pickled_file, run_config, safetensors_file
 from iv2_jax.interop.entries import Entry, parameters
@@ -82,7 +83,7 @@ def open_source(path: str, *, wrapper: str = "", ema: bool = False) -> WeightSou
         CheckpointError: nothing is there, or it cannot be read.
         DataError: the package is not installed, or has no such file.
     """
-    place = _in_package(path) if path.startswith(PACKAGE) else Path(path)
+    place = _in_package(path) if path.startswith(PACKAGE) else storage.path(path)
     if _is_checkpoint(place):
         return _open_checkpoint(place, ema)
     if ema:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from iv2_jax import storage
 from iv2_jax.errors import CheckpointError, ConfigError
 from iv2_jax.train.state import TrainState
 
@@ -70,7 +71,7 @@ class Checkpointer:
 
     def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
         self._config = config
-        self._folder = (workdir / FOLDER).absolute()
+        self._folder = storage.absolute(workdir / FOLDER)
         self._manager = self._open()
         self.failures: list[str] = []
 
@@ -247,11 +248,11 @@ def load_params(
     Raises:
       CheckpointError: No checkpoint there, or it has no moving average.
     """
-    folder, step = _locate(Path(path), step)
+    folder, step = _locate(storage.path(path), step)
     steps = sorted(int(c.name) for c in folder.iterdir() if c.name.isdigit())
     if not steps or (step is not None and step not in steps):
         raise CheckpointError(f"no checkpoint of step {step} in {folder}; there are {steps}")
-    item = (folder / str(step if step is not None else steps[-1])).absolute()
+    item = storage.absolute(folder / str(step if step is not None else steps[-1]))
     config = json.loads((item / "config" / "metadata").read_text())
     if not ema:
         return _read_numpy(item / "params"), config
@@ -289,6 +290,18 @@ def check_writable(workdir: Path) -> None:
     Raises:
       CheckpointError: It cannot be made or written to; says why.
     """
+    if storage.is_remote(workdir):
+        probe = workdir / f".writable_{jax.process_index()}"
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            probe.write_text("x")
+            probe.unlink()
+        except Exception as error:  # the bucket's library has error types of its own
+            raise CheckpointError(
+                f"cannot write to --workdir {workdir}: {_reason(error)}. Does the bucket exist, "
+                "and may this machine's account write to it (roles/storage.objectAdmin)?"
+            ) from None
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=workdir, prefix=".writable") as probe:

@@ -18,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show-config", action="store_true", help="print the resolved config and do nothing"
     )
+    parser.add_argument(
+        "--profile",
+        default="",
+        metavar="STEPS",
+        help="trace these steps into WORKDIR/profile: 20, 20:22 (both included) or 20:22,90:92",
+    )
     parser.epilog = """\
 any field of the config is set by --config.FIELD=VALUE:
   iv2 train --config configs/demo/stage1.py --workdir runs/a --config.optimizer.lr=3e-4
@@ -33,11 +39,12 @@ def run(args: argparse.Namespace) -> int:
 
     from iv2_jax import config as config_lib
     from iv2_jax.parallel.distributed import start
-    from iv2_jax.train import loop
+    from iv2_jax.train import loop, profiling
 
     config = loop.read_config(args.config, config_lib.split_overrides(args.overrides))
     if args.show_config:
         print(json.dumps(config_lib.to_dict(config), indent=2))
         return loop.EXIT_OK
+    steps = profiling.read_steps(args.profile)
     start()
-    return loop.train(config, args.workdir).exit_code
+    return loop.train(config, args.workdir, profile=steps).exit_code

@@ -25,10 +25,13 @@ from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
 from iv2_jax import config as config_lib
+from iv2_jax import storage
 from iv2_jax.errors import ConfigError
 from iv2_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from iv2_jax.train import checkpoint as checkpoint_lib
+from iv2_jax.train.goodput import Goodput
 from iv2_jax.train.metrics import Clock, MetricWriter
+from iv2_jax.train.profiling import Profiler
 from iv2_jax.train.program import Program, build_program, put_frozen
 from iv2_jax.train.stage import RunConfig, Stage, config_class
 from iv2_jax.train.starting import starting_state
@@ -56,8 +59,15 @@ class Ending:
     text: str
 
 
-def train(config: RunConfig, workdir: str | Path) -> Ending:
+def train(
+    config: RunConfig, workdir: str | Path, *, profile: tuple[tuple[int, int], ...] = ()
+) -> Ending:
     """Trains to `config.steps` in `workdir`, going on from its newest checkpoint if it has one.
+
+    Args:
+      config: What to train.
+      workdir: Folder of checkpoints, metrics and profiles; may be in a bucket, gs://.
+      profile: Ranges of steps to trace, both ends included.
 
     Returns:
       Why it ended; the same is logged as the last line.
@@ -66,9 +76,9 @@ def train(config: RunConfig, workdir: str | Path) -> Ending:
       UserError: A config, checkpoint, data or weight file that cannot be used; before step 1
         wherever it can be known before.
     """
-    workdir = Path(workdir)
+    workdir = storage.path(workdir)
     try:
-        ending = _train(config, workdir)
+        ending = _train(config, workdir, profile)
     except BaseException as error:
         logger.error("run ended: %s: %s", type(error).__name__, str(error).split("\n")[0])
         raise
@@ -77,10 +87,11 @@ def train(config: RunConfig, workdir: str | Path) -> Ending:
     return ending
 
 
-def _train(config: RunConfig, workdir: Path) -> Ending:
+def _train(config: RunConfig, workdir: Path, profile: tuple[tuple[int, int], ...]) -> Ending:
     """`train` without the last line."""
     started = time.monotonic()
     checkpoint_lib.check_writable(workdir)
+    goodput = Goodput(workdir, active=jax.process_index() == 0)
     mesh = make_mesh(config.mesh)
     stage = config.make_stage()
     program = build_program(config, stage, mesh)
@@ -95,20 +106,41 @@ def _train(config: RunConfig, workdir: Path) -> Ending:
     if jax.process_index() == 0:
         logger.info("\n%s", program.report)
 
-    frozen = put_frozen(stage, mesh)
-    steps = program.compile_steps()
+    frozen = put_frozen(stage, mesh, config.mesh)
+    with goodput.spent("compile"):
+        steps = program.compile_steps()
     key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
     writer = MetricWriter(workdir, config.steps, first_step, tensorboard=config.tensorboard)
-    loop = _Loop(config, stage, program, steps, checkpointer, writer, frozen, key, plain_config)
+    profiler = Profiler(workdir, profile)
+    loop = _Loop(
+        config,
+        stage,
+        program,
+        steps,
+        checkpointer,
+        writer,
+        goodput,
+        profiler,
+        frozen,
+        key,
+        plain_config,
+    )
+    goodput.begin(first_step)
     try:
-        with _stop_on_signal() as stop:
+        with _stop_on_signal() as stop, goodput.spent("step"):
             reason, state = loop.run(state, stop)
     except BaseException:
         checkpointer.close()  # what is being written is still finished
         raise
     finally:
+        profiler.close()
         writer.close()
-    return _finish(config, workdir, reason, int(state.step), checkpointer, started)
+    with goodput.spent("checkpoint"):
+        ending = _finish(config, workdir, reason, int(state.step), checkpointer, started)
+    goodput.write()
+    if jax.process_index() == 0:
+        logger.info(goodput.line())
+    return ending
 
 
 class _Loop:
@@ -122,6 +154,8 @@ class _Loop:
         compiled: dict[str, jax.stages.Compiled],
         checkpointer: checkpoint_lib.Checkpointer,
         writer: MetricWriter,
+        goodput: Goodput,
+        profiler: Profiler,
         frozen: Any,
         key: jax.Array,
         plain_config: dict[str, Any],
@@ -129,6 +163,7 @@ class _Loop:
         self.config, self.stage, self.program = config, stage, program
         self.compiled = compiled
         self.checkpointer, self.writer = checkpointer, writer
+        self.goodput, self.profiler = goodput, profiler
         self.frozen, self.key, self.plain_config = frozen, key, plain_config
         self.replaced = 0
         self.bad_metrics: dict[str, float] | None = None
@@ -136,6 +171,7 @@ class _Loop:
     def run(self, state: TrainState, stop: _StopFlag) -> tuple[str, TrainState]:
         """Trains from `state` until the last step, a signal, `stop_after` or a NaN."""
         first = int(state.step)
+        self.stage.start(state.params, self.program.mesh)
         if first == 0:
             self.evaluate(state)
         with contextlib.closing(self.stage.train_batches(first)) as batches:
@@ -155,14 +191,19 @@ class _Loop:
         clock = Clock()
         pending = None  # metrics of the step before: fetched while the next one runs
         while step < config.steps:
-            with clock.waiting():
+            with clock.waiting(), self.goodput.spent("data_wait"):
                 batch = next(batches)
             self.replaced += int(np.sum(batch.get("replaced", 0)))
             arrays = to_device(batch, self.stage.host_arrays, self.program.mesh)
-            with jax.transfer_guard("disallow"):
+            step += 1
+            self.profiler.before(step, state)
+            with (
+                jax.transfer_guard("disallow"),
+                jax.profiler.StepTraceAnnotation("train", step_num=step),
+            ):
                 kind = batch.get("media", "")
                 state, metrics = self.compiled[kind](state, self.frozen, arrays, self.key)
-            step += 1
+            self.profiler.after(step, state)
             if pending and not self.report(*pending):
                 return "nan", state
             pending = (step, metrics, clock, kind)
@@ -194,7 +235,9 @@ class _Loop:
         values |= clock.tick(clips, clips * self.stage.tokens_per_clip(kind))
         values["replaced"] = float(self.replaced)
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+        self.goodput.reached(step)
         if step % self.config.log_every == 0 or step == self.config.steps or not finite:
+            values["goodput"] = self.goodput.shares()["step"]
             self.writer.write(step, values)
         self.writer.advance(step, values)
         if not finite:
@@ -210,6 +253,11 @@ class _Loop:
 
         The last batch is filled up with repeated clips; it counts by its share of real ones.
         """
+        with self.goodput.spent("eval"):
+            return self._evaluate(state)
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        """`evaluate`, not counting its time."""
         averages: dict[str, clu_metrics.Average] = {}
         with contextlib.closing(self.stage.eval_batches()) as batches:
             for i, batch in enumerate(itertools.islice(batches, self.config.eval_batches or None)):
@@ -229,7 +277,9 @@ class _Loop:
     def save(self, state: TrainState) -> None:
         """Starts an asynchronous checkpoint of `state` and of the position in the data."""
         data = {"next_batch": int(state.step), "replaced": self.replaced}
-        self.checkpointer.save(state, data, self.plain_config)
+        with self.goodput.spent("checkpoint"):
+            self.checkpointer.save(state, data, self.plain_config)
+        self.goodput.write()
 
 
 def to_device(batch: Any, host_arrays: tuple[str, ...], mesh: Mesh) -> dict[str, jax.Array]:

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from iv2_jax import storage
+
 JSONL = "metrics.jsonl"
 
 # Of figures in groups, such as sim/t2v_r1, the console shows these; the files have all.
@@ -34,7 +36,9 @@ class MetricWriter:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        path = workdir / JSONL
+        self._mirror = storage.Mirror(workdir)
+        folder = self._mirror.local
+        path = folder / JSONL
         kept = [line for line in read_metrics(workdir) if line["step"] <= first_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -44,7 +48,7 @@ class MetricWriter:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -63,6 +67,7 @@ class MetricWriter:
         if self._events:
             for name, value in values.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
+        self._mirror.push()
         if self._bar.disable or kind == "eval":
             shown = {k: v for k, v in values.items() if "/" not in k or k.endswith(_SHOWN)}
             self.say(f"step {step} {kind}  " + _short(shown, limit=24))
@@ -86,6 +91,7 @@ class MetricWriter:
         self._file.close()
         if self._events:
             self._events.close()
+        self._mirror.close()
 
 
 def read_metrics(workdir: Path, kind: str | None = None) -> list[dict[str, Any]]:
