@@ -1,11 +1,16 @@
-"""`iv2 eval`: probes of encoders, retrieval and zero-shot recognition of two-tower models."""
+"""`iv2 eval`: probes of encoders, retrieval and zero-shot recognition of two-tower models, and
+questions to chat models.
+"""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-TASKS = ("probe", "retrieval", "zero_shot")
+from iv2_jax.eval import choices_command
+from iv2_jax.eval.choices_command import CHAT
+
+TASKS = ("probe", "retrieval", "zero_shot", *CHAT)
 _TWO_TOWERS = ("retrieval", "zero_shot")
 
 # Arguments that belong to some tasks only, with the value that means "not given".
@@ -17,12 +22,12 @@ _BELONGS: dict[str, tuple[str, ...]] = {
     "features": ("probe",),
     "split": _TWO_TOWERS,
     "media": _TWO_TOWERS,
-    "tokenizer": _TWO_TOWERS,
+    "tokenizer": (*_TWO_TOWERS, *CHAT),
     "max_length": _TWO_TOWERS,
     "segments": _TWO_TOWERS,
     "random": _TWO_TOWERS,
-    "ema": _TWO_TOWERS,
-    "format": _TWO_TOWERS,
+    "ema": (*_TWO_TOWERS, *CHAT),
+    "format": (*_TWO_TOWERS, "answers"),
     "prefix": _TWO_TOWERS,
     "caption": ("retrieval",),
     "paragraph": ("retrieval",),
@@ -33,7 +38,8 @@ _BELONGS: dict[str, tuple[str, ...]] = {
     "released_fill": ("retrieval",),
     "sheet": ("retrieval",),
     "sheet_rows": ("retrieval",),
-    "template": ("zero_shot",),
+    "template": ("zero_shot", *CHAT),
+    **choices_command.BELONGS,
 }
 
 
@@ -56,10 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-random", action="store_true", help="no rows of random weights")
     group.add_argument("--features", help="write features to this .npz")
 
-    group = parser.add_argument_group("retrieval, zero_shot")
+    group = parser.add_argument_group("retrieval, zero_shot; some also choices, answers")
     group.add_argument("--split", help="of the clips; '' for all (default: the run's)")
     group.add_argument("--media", help="video, image, audio or audio_video (default: the run's)")
-    group.add_argument("--tokenizer", metavar="KIND:PATH", help="default: the run's")
+    group.add_argument(
+        "--tokenizer",
+        metavar="[KIND:]PATH",
+        help="default: the run's; of a chat model without KIND (file, folder or package:NAME/FILE)",
+    )
     group.add_argument("--max-length", type=int, help="token ids of a text (default: the run's)")
     group.add_argument("--segments", type=int, help="average over so many sub-clips (stage 2)")
     group.add_argument("--format", help="of --data (default: told by its content)")
@@ -84,8 +94,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sheet", help="write a picture of queries and what was found")
     group.add_argument("--sheet-rows", type=int, help="queries on it (default: 8)")
 
-    group = parser.add_argument_group("zero_shot")
-    group.add_argument("--template", nargs="*", help="texts with {} for the class name")
+    group = parser.add_argument_group("zero_shot; choices, answers")
+    group.add_argument(
+        "--template",
+        nargs="*",
+        help="texts with {} for the class name; name of a chat template (default: the run's)",
+    )
+    choices_command.add_arguments(parser)
     parser.epilog = """\
 examples:
   iv2 eval --ckpt runs/demo/seed0 runs/demo/seed1 --label action game
@@ -94,12 +109,18 @@ examples:
   iv2 eval --task retrieval --ckpt released_1b --data msrvtt_1k.json --prefix /data/msrvtt \\
       --tokenizer bert:vocab.txt --max-length 32 --rerank 128 --released-ground-truth
   iv2 eval --task zero_shot --ckpt runs/s2 --data clips.jsonl --split test --label action
+  iv2 eval --task choices --ckpt runs/s3 --data MVBench/json --videos MVBench/video \\
+      --answers runs/s3/mvbench --out mvbench.json
+  iv2 eval --task choices --ckpt runs/s3 --data questions.json --prompt open --by likelihood --swap
+  iv2 eval --task answers --ckpt runs/s3 --data test_it.json --answers runs/s3/answers
 """
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; returns 0."""
     check(args)
+    if args.task in CHAT:
+        return _chat(args)
     return {"probe": _probe, "retrieval": _retrieval, "zero_shot": _zero_shot}[args.task](args)
 
 
@@ -125,7 +146,7 @@ def check(args: argparse.Namespace) -> None:
                 raise ConfigError(f"--{name.replace('_', '-')} needs --rerank")
     if args.sheet_rows is not None and not args.sheet:
         raise ConfigError("--sheet-rows needs --sheet")
-    for name in ("batch_size", "rerank", "segments", "sheet_rows"):
+    for name in ("batch_size", "rerank", "segments", "sheet_rows", "max_new_tokens", "frames"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, is {value}")
@@ -230,6 +251,16 @@ def _zero_shot(args: argparse.Namespace) -> int:
     )
     print(retrieval_runs.zero_shot_table(table))
     _write_json(args.out, table.to_json())
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    """Questions to chat models."""
+    run_task = {
+        "choices": choices_command.run_choices,
+        "answers": choices_command.run_answers,
+    }[args.task]
+    _write_json(args.out, run_task(args, _all_devices()))
     return 0
 
 
