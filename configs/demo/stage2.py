@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(
         {
             "stage": "align",
-            "steps": 120,
+            "steps": 300,
             "batch_size": 64,
             "stage2": {
                 "vision": {
@@ -91,6 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
             },
             "eval_data": data | {"split": "test", "eval": True, "augment": "center"},
             "retrieval": {"media": "video"},
+            "keep_texts": True,  # the frozen tower would be a third of the step
             "video_mask": {"kind": "random", "ratio": 0.7},
             "loss": {
                 "weights": {"vtc": 1.0, "avtc": 0.5, "atc": 0.3, "avc": 0.3},
