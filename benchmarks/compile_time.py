@@ -15,14 +15,13 @@ for each compilation.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,26 +104,9 @@ def device(target: str) -> Any:
 
     if target == "cpu":
         return jax.devices("cpu")[0]
-    from jax.experimental import topologies
+    from iv2_jax.parallel.described import topology
 
-    with quiet():
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{target}:2x2")
-    return topology.devices[0]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the TPU compiler from looking for a TPU, and from saying that there is none."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
+    return topology(f"{target}:2x2").devices()[0]
 
 
 def parse() -> argparse.Namespace:

@@ -15,14 +15,12 @@ chips, and within a tenth the same on 512 chips at the same rows a chip.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 GOAL_MIB = 40.0
@@ -36,36 +34,14 @@ DTYPES = ("bfloat16", "float32")
 
 
 def make_mesh(chip: str, topology: str, fsdp: int | None):
-    """Mesh of a described slice, whose links close to rings on every axis as a full cube's do."""
-    from jax.experimental import topologies
-
+    """Mesh of a described slice."""
+    from iv2_jax.parallel import described
     from iv2_jax.parallel.mesh import MeshConfig
     from iv2_jax.parallel.mesh import make_mesh as mesh_of
 
-    with quiet():
-        described = topologies.get_topology_desc(
-            platform="tpu",
-            topology_name=f"{chip}:{topology}",
-            chips_per_host_bounds=(2, 2, 1),
-            wrap=(True, True, True),
-        )
     fsdp = fsdp or math.prod(int(edge) for edge in topology.split("x")[1:])
-    return mesh_of(MeshConfig(data=-1, fsdp=fsdp), described.devices)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the TPU compiler from looking for a TPU, and from saying that there is none."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
+    devices = described.topology(f"{chip}:{topology}").devices()
+    return mesh_of(MeshConfig(data=-1, fsdp=fsdp), devices)
 
 
 def measure(mesh, batch: int, form: str, kind: str, dtype: str, width: int = WIDTH) -> dict:
@@ -75,6 +51,7 @@ def measure(mesh, batch: int, form: str, kind: str, dtype: str, width: int = WID
     from jax.sharding import NamedSharding
 
     from iv2_jax.objectives.contrastive import contrastive_loss
+    from iv2_jax.parallel.described import quiet
     from iv2_jax.parallel.mesh import batch_sharding, replicated
 
     def array(shape: tuple[int, ...], dtype: str, sharding: NamedSharding):

@@ -15,11 +15,13 @@ from iv2_jax.errors import UserError, nearest
 VERBS = {
     "train": ("iv2_jax.train.commands", "train a stage from a config file"),
     "eval": ("iv2_jax.eval.commands", "probes, retrieval and zero-shot recognition"),
+    "chat": ("iv2_jax.talk.command", "talk about a clip, in the terminal or on a web page"),
     "data": ("iv2_jax.data.commands", "build, validate and time data sets"),
     "export": ("iv2_jax.interop.export_command", "write a checkpoint in PyTorch's names"),
     "import": ("iv2_jax.interop.import_command", "read PyTorch weights into a checkpoint"),
     "assemble": ("iv2_jax.train.assemble_command", "put a run's starting weights together"),
     "zoo": ("iv2_jax.interop.zoo_command", "list the models, or one model's parameters"),
+    "plan": ("iv2_jax.parallel.plan.command", "memory, speed and cost of a run on a TPU slice"),
     "demo": ("iv2_jax.demo.commands", "the whole of stage 1 on real clips, with a report"),
 }
 EXAMPLES = """\
@@ -27,10 +29,12 @@ examples:
   iv2 demo --out runs/demo
   iv2 train --config configs/demo/stage1.py --workdir runs/s1 --config.steps=200
   iv2 eval --ckpt runs/s1 --data clips.jsonl --label action
+  iv2 chat clip.mp4 --ckpt runs/instruct
   iv2 data validate clips.jsonl
   iv2 data build clips.jsonl packed
   iv2 export --ckpt runs/s1 --to exported/
   iv2 zoo internvideo2_1b
+  iv2 plan --config configs/stage1/internvideo2_1b.py --topology v5p:4x4x8
 
 `iv2 VERB --help` tells the rest. Exit codes: 0 done, 2 something to mend, 3 the loss is not finite,
 75 stopped on request (the same command goes on).

@@ -45,6 +45,34 @@ from iv2_jax.errors import ConfigError, DataError
 ENDLESS_STEPS = 1 << 40
 
 
+class Ahead(Closing, Iterator[dict[str, np.ndarray]]):
+    """Batches that a Grain iterator reads ahead; closed at the end, at an error or by hand."""
+
+    def __init__(self, batches: Iterator[dict[str, Any]]) -> None:
+        """Takes the iterator, which nobody else may use."""
+        self._open = [batches]  # emptied when closed
+        # Grain's iterators must end before the interpreter does, closed by the caller or not.
+        self._finalizer = weakref.finalize(self, _close, self._open)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if not self._open:
+            raise StopIteration
+        try:
+            batch = next(self._open[0])
+        except RuntimeError as e:
+            self.close()
+            raise _explain(e) from e
+        except BaseException:  # the end of the data, too
+            self.close()
+            raise
+        # Out of shared memory: a batch that the caller keeps must not hold a segment of it.
+        return {name: np.array(value) for name, value in batch.items()}
+
+    def close(self) -> None:
+        """Ends the worker processes and threads; no batch comes after it."""
+        self._finalizer()
+
+
 class Loader(Closing, Iterator[dict[str, np.ndarray]]):
     """Iterator over batches; also a context manager, as worker processes need closing.
 
@@ -76,32 +104,20 @@ class Loader(Closing, Iterator[dict[str, np.ndarray]]):
         self._first_step = first_step
         self._local_batch = local_batch
         self._rows = rows
-        self._open = [batches]  # emptied when closed
-        # Grain's iterators must end before the interpreter does, closed by the caller or not.
-        self._finalizer = weakref.finalize(self, _close, self._open)
+        self._batches = Ahead(batches)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if not self._open:
-            raise StopIteration
-        try:
-            batch = next(self._open[0])
-        except RuntimeError as e:
-            self.close()
-            raise _explain(e) from e
-        except BaseException:  # the end of the data, too
-            self.close()
-            raise
+        batch = next(self._batches)
         first = (self.step - self._first_step) * self._local_batch
         rows = [self._rows.row_of(first + i) for i in range(self._local_batch)]
         self.monitor.update(np.asarray(batch["replaced"]), rows)
         self.step += 1
         self.bad_sounds += int(np.sum(batch.pop("bad_sound", 0)))
-        # Out of shared memory: a batch that the caller keeps must not hold a segment of it.
-        return {name: np.array(value) for name, value in batch.items()}
+        return batch
 
     def close(self) -> None:
         """Ends the worker processes and threads; no batch comes after it."""
-        self._finalizer()
+        self._batches.close()
 
 
 def _close(batches: list[Iterator[dict[str, Any]]]) -> None:
@@ -190,10 +206,16 @@ def make_loader(
 
 def own_log(config: DataConfig, process_index: int, process_count: int) -> DataConfig:
     """The config with a log of bad clips that is this process's alone."""
-    if process_count == 1 or not config.bad_clip_log:
-        return config
-    root, extension = os.path.splitext(config.bad_clip_log)
-    return dataclasses.replace(config, bad_clip_log=f"{root}.{process_index}{extension}")
+    log = own_path(config.bad_clip_log, process_index, process_count)
+    return dataclasses.replace(config, bad_clip_log=log)
+
+
+def own_path(path: str, process_index: int, process_count: int) -> str:
+    """The path with the process's number before its extension, where there are several."""
+    if process_count == 1 or not path:
+        return path
+    root, extension = os.path.splitext(path)
+    return f"{root}.{process_index}{extension}"
 
 
 def make_order(config: DataConfig, source: ClipSource, seed: int) -> Order:
@@ -230,8 +252,26 @@ def batches(rows: Any, config: DataConfig, local_batch: int) -> Iterator[dict[st
     import grain
 
     dataset = grain.MapDataset.source(rows).batch(local_batch, drop_remainder=True)
+    pictures = config.num_views * config.frames * config.size**2 * 3
+    clip = rows.side_bytes + (pictures if config.media in WITH_PICTURES else 0)
+    return read_ahead(dataset, config, local_batch * clip)
+
+
+def read_ahead(dataset: Any, config: Any, batch_bytes: int) -> Iterator[dict[str, Any]]:
+    """Goes through a `grain.MapDataset` of batches with threads or worker processes.
+
+    Args:
+      dataset: the batches.
+      config: has `num_workers`, `threads` and `prefetch`, see `DataConfig`.
+      batch_bytes: size of a batch, which worker processes hand over in shared memory.
+
+    Raises:
+      DataError: there is less shared memory than the workers would use.
+    """
+    import grain
+
     if config.num_workers:
-        _check_shared_memory(config, local_batch, rows.side_bytes)
+        _check_shared_memory(config, batch_bytes)
         _settle_flags()
         dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         dataset = dataset.mp_prefetch(
@@ -277,14 +317,11 @@ def _settle_flags() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def _check_shared_memory(config: DataConfig, local_batch: int, extra: int) -> None:
+def _check_shared_memory(config: Any, batch: int) -> None:
     """Refuses to start workers that would run out of the memory they hand batches over in."""
     folder = "/dev/shm"
     if not sys.platform.startswith("linux") or not os.path.isdir(folder):
         return
-    pictures = config.num_views * config.frames * config.size**2 * 3
-    clip = extra + (pictures if config.media in WITH_PICTURES else 0)
-    batch = local_batch * clip
     needed = batch * (config.prefetch + 2) * config.num_workers
     free = shutil.disk_usage(folder).free
     if needed > free:

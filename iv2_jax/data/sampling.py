@@ -367,6 +367,8 @@ RULES: dict[str, tuple[Train, Eval]] = {
     # Stage 2: the original's "rand" in training and "middle" in evaluation, under either name.
     "rand": (spread_random, _or_single(middle, segments_eval)),
     "middle": (spread_random, _or_single(middle, segments_eval)),
+    # Stage 3: training as in stage 2, and what the released `chat()` takes (spec stage3 4.4).
+    "chat": (spread_random, segments_eval),
 }
 _RATE = re.compile(r"fps(\d+\.?\d*|\.\d+)")
 

@@ -54,10 +54,10 @@ def load_model(path: str, *, ema: bool = False) -> EvaluatedModel:
       CheckpointError: There is none at `path`, or it cannot be read.
       ConfigError: It is no stage-2 or CLIP model.
     """
-    from iv2_jax.interop import export, run_config
+    from iv2_jax.interop import importing, run_config
 
     if run_config.is_exported(Path(path)):
-        params, config = export.load_exported(path)
+        params, config = importing.read_exported_model(path)
         return EvaluatedModel(path, params, _checked(config, path), 0, True, None)
     params, values = checkpoint_lib.load_params(path, ema=ema)
     run = _run_of(values)

@@ -22,10 +22,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from iv2_jax.errors import ConfigError
-from iv2_jax.kernels.choice import prefer_backend
 from iv2_jax.models import kinds
 from iv2_jax.models.clip import ClipConfig, SmallClipConfig
 from iv2_jax.models.stage2 import Stage2, Stage2Config, join_tokens
+from iv2_jax.models.text.bert_layers import Versions
 from iv2_jax.parallel import rules
 from iv2_jax.parallel.mesh import (
     BATCH_AXES,
@@ -378,16 +378,15 @@ def _match_step(config: ModelConfig, head: str, mesh: Mesh) -> Any:
     model = kinds.of(config).build(config)
 
     def run(params: Any, tokens: jax.Array, hidden: jax.Array, mask: jax.Array) -> jax.Array:
-        def one_text_each(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-            def method(model: Stage2) -> jax.Array:
-                return model.match_logits(model.fuse(tokens, hidden, mask), head)[:, 1]
+        rows, texts = mask.shape[:2]
 
-            return model.apply({"params": params}, method=method)
+        def method(model: Stage2) -> jax.Array:
+            beside = (x.reshape(rows * texts, *x.shape[2:]) for x in (hidden, mask))
+            # Keys and values of a clip's tokens, most of the work, are made once for its texts.
+            fused = model.fuse(tokens, *beside, versions=Versions(texts))
+            return model.match_logits(fused, head)[:, 1].reshape(rows, texts)
 
-        # Mapped over the texts alone, so that the keys and values of a clip's tokens, most of the
-        # work, are made once for all of its texts. Plain attention keeps them shared.
-        with prefer_backend("xla"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            each = jax.vmap(one_text_each, in_axes=1, out_axes=1)
-            return each(hidden, mask).astype(jnp.float32)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return model.apply({"params": params}, method=method).astype(jnp.float32)
 
     return jax.jit(run, out_shardings=replicated(mesh))

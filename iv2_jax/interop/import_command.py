@@ -40,11 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="take weights with NaNs or infinities"
     )
+    parser.add_argument(
+        "--tokenizer",
+        default="",
+        help="of a chat model: folder, .gguf file or package:NAME/FILE; `iv2 chat` then finds it",
+    )
+    parser.add_argument(
+        "--template", default="", help="of its chat (default: the released models' own)"
+    )
     parser.epilog = """\
 examples:
   iv2 import --from 1B_pt.pth --model internvideo2_1b_pretrain --out runs/1b
   iv2 import --from stage2.pt --prefix vision_encoder. --model internvideo2_1b --out runs/1b_s2
-  iv2 import --from Chat-8B/ --model internvideo2_chat_8b --out runs/chat
+  iv2 import --from Chat-8B/ --model internvideo2_chat_8b --tokenizer Chat-8B/ --out runs/chat
   iv2 import --from exported/ --out runs/again
   iv2 import --from Mistral-7B-Instruct-v0.3/ --dtype bfloat16 --out runs/mistral
   iv2 import --from SmolLM2-135M-Instruct.Q4_1.gguf --out runs/smollm2
@@ -65,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         ignore=args.ignore,
         dtype=args.dtype,
         allow_nonfinite=args.allow_nonfinite,
+        tokenizer=args.tokenizer,
+        template=args.template,
     )
     count = importing.import_model(args.source, args.model, args.out, options)
     print(

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from iv2_jax.errors import ConfigError
-from iv2_jax.interop import families, hf_llm, identify, load, run_config, stream
-from iv2_jax.interop.entries import MisfitError
+from iv2_jax.interop import chat_tokenizer, families, hf_llm, identify, load, run_config, stream
+from iv2_jax.interop.entries import MisfitError, from_torch
 from iv2_jax.models import zoo
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ class ImportOptions:
         ignore: regular expressions of further keys to leave out.
         dtype: of the parameters, one of `DTYPES`; `file` keeps the file's.
         allow_nonfinite: take weights with NaNs or infinities.
+        tokenizer: of a chat model, kept with the checkpoint so that `iv2 chat` finds it.
+        template: how its chat is written; empty for the released models' own.
 
     Raises:
         ConfigError: `dtype` is another.
@@ -40,6 +42,8 @@ class ImportOptions:
     ignore: Sequence[str] = ()
     dtype: str = "float32"
     allow_nonfinite: bool = False
+    tokenizer: str = ""
+    template: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -70,15 +74,20 @@ def import_model(
     """
     config, path = _what_to_read(Path(source), model)
     family = families.of(config)
+    kept = run_config.of_model(config, str(source))
+    talk = None
+    if options.tokenizer or options.template:
+        talk = chat_tokenizer.talk_of(config, model, options.tokenizer, options.template)
+        kept["talk"] = chat_tokenizer.saved(talk)
     tensors = load.select(load.open_tensors(path, wrapper=options.wrapper), options.prefix)
     renamed, entries = family.to_read(config, tensors)
     ignore = {**family.ignorable(), **dict.fromkeys(options.ignore, "left out by --ignore")}
     try:
-        return stream.import_tensors(
+        count = stream.import_tensors(
             renamed,
             entries,
             out,
-            run_config.of_model(config, str(source)),
+            kept,
             ignore=ignore,
             dtype=_dtype(options.dtype),
             path_prefix=run_config.params_prefix(config),
@@ -88,6 +97,24 @@ def import_model(
     except MisfitError as error:
         what = identify.explain(tensors, model)
         raise MisfitError(f"{error}\n  {what}" if what else str(error)) from error
+    if talk is not None:
+        chat_tokenizer.copy_files(talk, out)
+    return count
+
+
+def read_exported_model(folder: str | Path) -> tuple[dict[str, Any], Any]:
+    """Reads a folder that `iv2 export` wrote, without PyTorch.
+
+    Returns:
+        Float32 parameters on the host, and the model's config.
+
+    Raises:
+        CheckpointError: the folder is incomplete or its weights do not fit its config.
+    """
+    config = run_config.read_exported(folder)
+    tensors = load.open_tensors(run_config.exported_weights(folder))
+    renamed, entries = families.of(config).to_read(config, tensors)
+    return from_torch(renamed, entries, dtype=np.float32, source=str(folder)), config
 
 
 def _what_to_read(source: Path, model: str | None) -> tuple[Any, Path]:

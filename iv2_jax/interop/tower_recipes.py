@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -27,6 +27,16 @@ from iv2_jax.interop.entries import Entry
 from iv2_jax.interop.position_files import file_grid, fit_positions
 from iv2_jax.interop.run_config import bare_student
 from iv2_jax.interop.sources import WeightSource
+from iv2_jax.interop.taking import (
+    ENCODER_FIELDS,
+    Taken,
+    by,
+    check_same,
+    encoder_of,
+    read_table,
+    tower_of,
+    under,
+)
 from iv2_jax.interop.text_recipes import bert_tensors
 from iv2_jax.interop.torch_keys import HEADS, student_map
 from iv2_jax.interop.torch_keys import audio as audio_keys
@@ -39,28 +49,12 @@ from iv2_jax.models.stage2 import Stage2Config
 from iv2_jax.models.student import StudentConfig
 from iv2_jax.models.text.bert import BertConfig
 from iv2_jax.models.text.llama_clip import LORA, LORA_TARGETS
-from iv2_jax.models.video_encoder import EncoderConfig
 
 logger = logging.getLogger(__name__)
 
 Model = Stage2Config | ClipConfig | SmallClipConfig
 
 _VISION, _TEXT, _AUDIO = "vision_encoder", "text_encoder", "audio_encoder"
-
-
-@dataclasses.dataclass(frozen=True)
-class Taken:
-    """What a model takes from a source.
-
-    Attributes:
-        params: `{path in the model: array}`.
-        fresh: `{path: why it stays fresh}` of the tower's other parameters.
-        notes: what was fitted or left out, for people.
-    """
-
-    params: dict[str, np.ndarray]
-    fresh: dict[str, str]
-    notes: tuple[str, ...] = ()
 
 
 def vision_tower(source: WeightSource, config: Model, *, frames: int = 0) -> Taken:
@@ -86,9 +80,9 @@ def vision_tower(source: WeightSource, config: Model, *, frames: int = 0) -> Tak
     student = target if isinstance(target, StudentConfig) else bare_student(target)
     # A bare encoder's parameters stand right under the tower.
     strip = "" if isinstance(target, StudentConfig) else "encoder/"
-    known = _encoder_of(source.config)
+    known = encoder_of(source.config)
     if known is not None:
-        _check_same(known, student.encoder, _ENCODER_FIELDS, "vision", source)
+        check_same(known, student.encoder, ENCODER_FIELDS, "vision", source)
         frames = known.num_frames
     tensors, others = source.under(f"{_VISION}.")
     grid = file_grid(tensors, student.encoder, frames=frames)
@@ -110,7 +104,7 @@ def vision_tower(source: WeightSource, config: Model, *, frames: int = 0) -> Tak
     )
     flat = traverse_util.flatten_dict(params, sep="/")
     if grid not in (None, student.encoder.grid):
-        notes.append(f"positions {_by(grid)} -> {_by(student.encoder.grid)} patches")
+        notes.append(f"positions {by(grid)} -> {by(student.encoder.grid)} patches")
     if others:
         notes.append(f"{others} keys outside of {_VISION}. left out")
     flat = {f"{_VISION}/{path.removeprefix(strip)}": value for path, value in flat.items()}
@@ -139,14 +133,14 @@ def text_tower(source: WeightSource, config: Model) -> Taken:
     if isinstance(config, Stage2Config):
         return _bert_tower(source, config.text)
     if isinstance(config, SmallClipConfig):
-        tensors, notes = _tower(source, _TEXT)
+        tensors, notes = tower_of(source, _TEXT)
         ignore = {
             r"(?!embedding_layer|transformer\.|positional_embedding|final_layer_norm"
             r"|projection_layer).*": "parts of the file other than its text tower"
         }
-        flat = _read(tensors, mobileclip_map(config.text), ignore, source)
-        return Taken(_under(_TEXT, flat), {}, notes)
-    tensors, notes = _tower(source, _TEXT)
+        flat = read_table(tensors, mobileclip_map(config.text), ignore, source)
+        return Taken(under(_TEXT, flat), {}, notes)
+    tensors, notes = tower_of(source, _TEXT)
     tensors = clip_recipes.modern_peft_names(tensors)
     adapted = any(".lora_" in key for key in tensors)
     own, has = config.text, config.text.decoder.lora is not None
@@ -155,7 +149,7 @@ def text_tower(source: WeightSource, config: Model) -> Taken:
     ignore = CLIP_IGNORABLE | {
         r"(?!transformer\.|text_projection).*": "parts of the file other than its text tower"
     }
-    flat = _read(tensors, llama_clip_map(read), ignore, source)
+    flat = read_table(tensors, llama_clip_map(read), ignore, source)
     fresh = {}
     if adapted and not has:
         merged = lora.merge(traverse_util.unflatten_dict(flat, sep="/"), LORA)
@@ -167,7 +161,7 @@ def text_tower(source: WeightSource, config: Model) -> Taken:
             for entry in llama_clip_map(own)
             if entry.path not in flat
         }
-    return Taken(_under(_TEXT, flat), fresh, notes)
+    return Taken(under(_TEXT, flat), fresh, notes)
 
 
 def audio_tower(source: WeightSource, config: Model) -> Taken:
@@ -187,10 +181,10 @@ def audio_tower(source: WeightSource, config: Model) -> Taken:
     """
     if not isinstance(config, Stage2Config) or config.audio is None:
         raise ConfigError(f"tower 'audio' from {source.path}: the model has no audio tower")
-    tensors, notes = _tower(source, _AUDIO)
+    tensors, notes = tower_of(source, _AUDIO)
     tensors = audio_keys.weight_norm_keys(tensors)
-    flat = _read(tensors, audio_keys.beats_map(config.audio), audio_keys.IGNORABLE, source)
-    return Taken(_under(_AUDIO, flat), {}, notes)
+    flat = read_table(tensors, audio_keys.beats_map(config.audio), audio_keys.IGNORABLE, source)
+    return Taken(under(_AUDIO, flat), {}, notes)
 
 
 def whole_model(
@@ -215,10 +209,10 @@ def whole_model(
         CheckpointError: anything else is missing, left over or of another shape.
         ConfigError: a source of ours has other towers than `config` says.
     """
-    known = _encoder_of(source.config)
-    encoder = _encoder_of(config)
+    known = encoder_of(source.config)
+    encoder = encoder_of(config)
     if known is not None:
-        _check_same(known, encoder, _ENCODER_FIELDS, "vision", source)
+        check_same(known, encoder, ENCODER_FIELDS, "vision", source)
         frames = known.num_frames
     tensors: Mapping[str, Any] = source.tensors
     if isinstance(config, Stage2Config):
@@ -238,10 +232,10 @@ def whole_model(
     if not wanted:
         raise CheckpointError(f"{source.path} has nothing of the model")
     ignore = {**families.of(config).ignorable(), **_OPTIONAL_KEYS}
-    flat = _read(tensors, wanted, ignore, source)
+    flat = read_table(tensors, wanted, ignore, source)
     notes = ()
     if grid not in (None, encoder.grid):
-        notes = (f"positions {_by(grid)} -> {_by(encoder.grid)} patches",)
+        notes = (f"positions {by(grid)} -> {by(encoder.grid)} patches",)
     return Taken(flat, fresh, notes)
 
 
@@ -261,28 +255,11 @@ _OPTIONAL_KEYS = {
     ),
 }
 
-_ENCODER_FIELDS = (
-    "width",
-    "depth",
-    "num_heads",
-    "mlp_width",
-    "patch_size",
-    "tubelet",
-    "pool_heads",
-    "pool_width",
-    "qkv_bias",
-    "qk_norm",
-    "separable_positions",
-    "tanh_gelu",
-    "pixel_mean",
-    "pixel_std",
-)
-
 
 def _bert_tower(source: WeightSource, config: BertConfig) -> Taken:
     """The text tower of stage 2."""
     _check_bert(source, config)
-    tensors, notes = _tower(source, _TEXT)
+    tensors, notes = tower_of(source, _TEXT)
     table = bert_map(config)
 
     @cache
@@ -296,9 +273,9 @@ def _bert_tower(source: WeightSource, config: BertConfig) -> Taken:
     if left:
         notes = (*notes, f"left out: {', '.join(left)}")
     kept = [e for e in entries.parameters(table) if all(key in state for key in e.torch_keys)]
-    flat = _read(state, kept, {}, source)
+    flat = read_table(state, kept, {}, source)
     return Taken(
-        _under(_TEXT, flat), {f"{_TEXT}/{path}": reason for path, reason in fresh.items()}, notes
+        under(_TEXT, flat), {f"{_TEXT}/{path}": reason for path, reason in fresh.items()}, notes
     )
 
 
@@ -306,7 +283,7 @@ def _check_bert(source: WeightSource, config: BertConfig) -> None:
     """Compares what shapes do not tell: heads, norms, activation."""
     known = getattr(source.config, "text", source.config)
     if isinstance(known, BertConfig):
-        _check_same(known, config, ("num_heads", "epsilon"), "text", source)
+        check_same(known, config, ("num_heads", "epsilon"), "text", source)
     described = source.described
     pairs = {
         "num_attention_heads": ("text.num_heads", config.num_heads),
@@ -366,49 +343,3 @@ def _bert_names(tensors: Mapping[str, Any], mlm_head: bool) -> Mapping[str, Any]
         f"{_TEXT}.{key.removeprefix(with_bert)}" if key.startswith(with_bert) else key: value
         for key, value in tensors.items()
     }
-
-
-def _encoder_of(config: Any) -> EncoderConfig | None:
-    """The video encoder's config within a config of any kind."""
-    for name in ("vision", "encoder"):
-        config = getattr(config, name, config)
-    return config if isinstance(config, EncoderConfig) else None
-
-
-def _check_same(
-    theirs: Any, ours: Any, fields: Iterable[str], name: str, source: WeightSource
-) -> None:
-    """Refuses a tower that is built otherwise, naming the fields."""
-    differ = [f for f in fields if getattr(theirs, f) != getattr(ours, f)]
-    if differ:
-        text = ", ".join(f"{f} {getattr(theirs, f)} and {getattr(ours, f)}" for f in differ)
-        raise ConfigError(
-            f"the {name} towers of {source.path} and of this model differ in what cannot be "
-            f"fitted: {text}"
-        )
-
-
-def _tower(source: WeightSource, name: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A tower's tensors, and a note on what stands beside them."""
-    tensors, others = source.under(f"{name}.")
-    return tensors, (f"{others} keys outside of {name}. left out",) if others else ()
-
-
-def _read(
-    tensors: Mapping[str, Any],
-    table: list[Entry],
-    ignore: Mapping[str, str],
-    source: WeightSource,
-) -> dict[str, np.ndarray]:
-    """`{path: array}` of the entries, in the file's dtypes."""
-    params = entries.from_torch(tensors, table, ignore=ignore, source=str(source.path))
-    return traverse_util.flatten_dict(params, sep="/")
-
-
-def _under(tower: str, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Paths of a tower as paths of the model."""
-    return {f"{tower}/{path}": value for path, value in flat.items()}
-
-
-def _by(grid: tuple[int, int, int]) -> str:
-    return "x".join(map(str, grid))

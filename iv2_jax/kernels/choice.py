@@ -24,6 +24,28 @@ PALLAS_MIN_QUERIES = 128
 PALLAS_MIN_KEYS = 1024
 
 _preferred = contextvars.ContextVar("attention_backend", default="auto")
+_platform = contextvars.ContextVar("platform", default="")
+
+
+@contextlib.contextmanager
+def trace_for(platform: str) -> Iterator[None]:
+    """Has everything traced inside choose as it would on `platform`, whatever runs here.
+
+    For programs that are compiled ahead of time for devices that are only described.
+
+    Args:
+        platform: 'cpu', 'gpu' or 'tpu'.
+    """
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def target_platform() -> str:
+    """The platform that is traced for: that of `trace_for`, or the default devices'."""
+    return _platform.get() or jax.default_backend()
 
 
 @contextlib.contextmanager
@@ -67,7 +89,7 @@ def choose_backend(
         bias: additive bias of the scores or None.
         mask: bool mask or None.
         backend: 'auto', or the kernel to use whatever the platform.
-        platform: 'cpu', 'gpu' or 'tpu'; None for the default devices'.
+        platform: 'cpu', 'gpu' or 'tpu'; None for `target_platform()`.
         problem: why only plain XLA can do it, or None.
 
     Returns:
@@ -85,7 +107,7 @@ def choose_backend(
     preferred = _preferred.get()
     if preferred == "auto":
         preferred = _known(os.environ.get(ENVIRONMENT, "auto"), f"${ENVIRONMENT}")
-    platform = platform or jax.default_backend()
+    platform = platform or target_platform()
     choice = preferred
     if preferred == "auto":
         choice = {"tpu": "pallas", "gpu": "cudnn"}.get(platform, "xla")

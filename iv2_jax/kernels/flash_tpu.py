@@ -28,6 +28,7 @@ def attend(
     mask: jax.Array | None,
     scale: float,
     causal: bool,
+    segments: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention by the splash kernel; differentiable.
@@ -42,6 +43,8 @@ def attend(
         mask: bool `(B or 1, 1, 1, M)`, True = attend; the same for all queries and heads.
         scale: factor of the scores.
         causal: hide later keys (N == M).
+        segments: int `(B, N)`, N == M, from 0 on: those of another number are hidden; None for
+            one.
         interpret: run the kernel step by step in XLA, on any platform (tests).
 
     Returns:
@@ -51,10 +54,15 @@ def attend(
     visible = jnp.ones((batch, keys), jnp.bool_)
     if mask is not None:
         visible = jnp.broadcast_to(mask[:, 0, 0], visible.shape)
-    has_mask = mask is not None
+    has_mask, has_segments = mask is not None, segments is not None
+    if segments is None:
+        segments = jnp.zeros((batch, q.shape[1]), jnp.int32)
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-        return _attend_local(q * scale, k, v, visible, has_mask, causal, interpret)
+    def local(
+        q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, segments: jax.Array
+    ) -> jax.Array:
+        own = segments if has_segments else None
+        return _attend_local(q * scale, k, v, visible, own, has_mask, causal, interpret)
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and any(t != AxisType.Manual for t in mesh.axis_types):
@@ -62,11 +70,11 @@ def attend(
         spec = PartitionSpec(rows, None, heads, None)
         local = jax.shard_map(
             local,
-            in_specs=(spec, spec, spec, PartitionSpec(rows, None)),
+            in_specs=(spec, spec, spec, PartitionSpec(rows, None), PartitionSpec(rows, None)),
             out_specs=spec,
             check_vma=False,  # the kernel does not say what its outputs vary over
         )
-    return local(q, k, v, visible)
+    return local(q, k, v, visible, segments)
 
 
 def _shard_axes(
@@ -118,6 +126,7 @@ def _attend_local(
     k: jax.Array,
     v: jax.Array,
     visible: jax.Array,
+    segments: jax.Array | None,
     has_mask: bool,
     causal: bool,
     interpret: bool,
@@ -134,18 +143,24 @@ def _attend_local(
 
     kernel = _kernel(heads, full_q, full_k, causal, interpret)
     arrays = (padded(q, full_q), padded(k, full_k), padded(v, full_k))
-    if has_mask or (full_k > keys and not causal):
-        # Queries carry segment 0, hidden and padded keys segment 1: different ones do not meet.
-        hidden = jnp.pad(~visible, ((0, 0), (0, full_k - keys)), constant_values=True)
-        segments = splash.SegmentIds(
-            q=jnp.zeros((q.shape[0], full_q), jnp.int32), kv=hidden.astype(jnp.int32)
+    if segments is not None or has_mask or (full_k > keys and not causal):
+        # Different numbers do not meet: hidden and padded keys have one that no query has.
+        own = jnp.zeros((q.shape[0], queries), jnp.int32) if segments is None else segments
+        theirs = jnp.where(visible, own if segments is not None else 0, -1)
+        ids = splash.SegmentIds(
+            q=jnp.pad(own.astype(jnp.int32), ((0, 0), (0, full_q - queries))),
+            kv=jnp.pad(theirs.astype(jnp.int32), ((0, 0), (0, full_k - keys)), constant_values=-1),
         )
-        out = jax.vmap(kernel)(*arrays, segments)
+        out = jax.vmap(kernel)(*arrays, ids)
     else:
         out = jax.vmap(kernel)(*arrays)
     out = out.swapaxes(1, 2)[:, :queries, :, :head_dim]
     if has_mask:
         # Under a causal mask a query is empty when all keys up to it are hidden.
         seen = jnp.cumsum(visible, axis=1) > 0 if causal else jnp.any(visible, 1, keepdims=True)
+        if segments is not None:
+            # Whether a query's own segment has a visible key, which its position alone says not.
+            same = (segments[:, :, None] == segments[:, None, :]) & visible[:, None]
+            seen = jnp.any(jnp.tril(same) if causal else same, axis=-1)
         out = jnp.where(seen[:, :, None, None], out, 0)
     return out.astype(v.dtype)

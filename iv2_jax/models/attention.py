@@ -27,6 +27,7 @@ def dot_product_attention(
     *,
     bias: jax.Array | None = None,
     mask: jax.Array | None = None,
+    segments: jax.Array | None = None,
     scale: float | None = None,
     causal: bool = False,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
@@ -42,6 +43,8 @@ def dot_product_attention(
         bias: added to the scaled scores in float32, broadcastable to `(B, h, N, M)`. To hide
             keys use `mask`: a row of nothing but minus infinity gives NaN.
         mask: bool, True = attend, broadcastable to `(B, h, N, M)`.
+        segments: int `(B, N)`, N == M: tokens of different numbers do not see each other. The same
+            as a mask, but kernels need no array of N x N for it.
         scale: factor of the scores; None for `d ** -0.5`.
         causal: query i attends to keys 0..i only; needs N == M (with a cache, pass `mask`).
         dropout: applied to the weights `(B, h, N, M)`; plain XLA alone can do that.
@@ -56,21 +59,27 @@ def dot_product_attention(
             message gives them.
         ConfigError: the backend is not known.
     """
-    _check_shapes(q, k, v, bias, mask, causal)
+    _check_shapes(q, k, v, bias, mask, segments, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     problem = "weights with dropout exist in plain XLA only" if dropout is not None else None
     chosen = choose_backend(q, k, bias=bias, mask=mask, backend=backend, problem=problem)
-    common = {"mask": mask, "scale": scale, "causal": causal}
+    common = {"scale": scale, "causal": causal}
+    if chosen in ("pallas", "pallas_interpret"):
+        # Imported here: most machines never use them, and Pallas takes a while to import.
+        from iv2_jax.kernels import flash_tpu
+
+        interpret = chosen == "pallas_interpret"
+        common |= {"mask": mask, "segments": segments}
+        return flash_tpu.attend(q, k, v, interpret=interpret, **common)
+    if segments is not None:
+        same = (segments[:, :, None] == segments[:, None, :])[:, None]
+        mask = same if mask is None else mask & same
+    common["mask"] = mask
     if chosen == "xla":
         return plain.attend(q, k, v, bias=bias, dropout=dropout, **common)
-    # Imported here: most machines never use them, and Pallas takes a while to import.
-    if chosen == "cudnn":
-        from iv2_jax.kernels import cudnn
+    from iv2_jax.kernels import cudnn
 
-        return cudnn.attend(q, k, v, **common)
-    from iv2_jax.kernels import flash_tpu
-
-    return flash_tpu.attend(q, k, v, interpret=chosen == "pallas_interpret", **common)
+    return cudnn.attend(q, k, v, **common)
 
 
 def _check_shapes(
@@ -79,6 +88,7 @@ def _check_shapes(
     v: jax.Array,
     bias: jax.Array | None,
     mask: jax.Array | None,
+    segments: jax.Array | None,
     causal: bool,
 ) -> None:
     """Raises ValueError where the arguments of `dot_product_attention` do not fit each other."""
@@ -94,6 +104,11 @@ def _check_shapes(
         raise ValueError(
             f"causal attention needs as many queries as keys, got {length} and {keys}; "
             "with a key cache pass a mask"
+        )
+    if segments is not None and (segments.shape != (batch, length) or length != keys):
+        raise ValueError(
+            f"segments of shape {segments.shape} must be (B, N) = {(batch, length)}, with as many "
+            f"keys as queries (there are {keys})"
         )
     full = (batch, heads, length, keys)
     for name, array in (("bias", bias), ("mask", mask)):

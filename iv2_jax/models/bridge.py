@@ -51,6 +51,9 @@ class BridgeConfig:
         zero_extra_queries: starts the extra queries at zero, as the original does: all equal, and
             told apart by dropout alone. Otherwise they are drawn like the others (spec stage3 2.2).
         epsilon: of the norms.
+        init_std: standard deviation that the layers' kernels start with: BERT's 0.02 is for widths
+            like BERT's. A narrow bridge needs about one over the square root of its width, or its
+            visual tokens hardly depend on the video at first.
         dropout_rate: dropout of embeddings and branches, in training.
         attention_dropout_rate: dropout of the attention's weights, in training.
         drop_path_rate: DropPath probability of the last layer's branches, growing linearly from 0.
@@ -77,6 +80,7 @@ class BridgeConfig:
     project_down: bool = False
     zero_extra_queries: bool = False
     epsilon: float = 1e-12
+    init_std: float = 0.02
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
     drop_path_rate: float = 0.2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -66,6 +66,19 @@ class ChatConfig:
             )
 
 
+class TrainedParts(NamedTuple):
+    """Which parts drop paths and values: dropout and DropPath, of those that have any."""
+
+    encoder: bool
+    bridge: bool
+    llm: bool
+
+
+def parts_of(train: bool | TrainedParts) -> TrainedParts:
+    """The same said of every part."""
+    return train if isinstance(train, TrainedParts) else TrainedParts(train, train, train)
+
+
 @flax.struct.dataclass
 class ChatOutput:
     """What the model gives.
@@ -105,11 +118,13 @@ class Chat(nn.Module):
         visual_index: jax.Array,
         mask: jax.Array | None = None,
         *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
         video: jax.Array | None = None,
         features: jax.Array | None = None,
         bridge_ids: jax.Array | None = None,
         bridge_mask: jax.Array | None = None,
-        train: bool = False,
+        train: bool | TrainedParts = False,
     ) -> ChatOutput:
         """Scores every token of a batch of dialogues.
 
@@ -118,11 +133,15 @@ class Chat(nn.Module):
             visual_index: int `(B, L)`, row of the sample's visual tokens that fills a slot, views
                 one after the other; -1 at text.
             mask: bool `(B, L)`, False at padding; None for none.
+            segment_ids: int `(B, L)` of packed rows, see `llm_layers.Decoder`; then no `mask` is
+                needed. None: a row is one dialogue.
+            positions: int `(B, L)` from 0 on in every dialogue; None counts them.
             video: see `visual_tokens`; None, with `features` None too, for text alone.
             features: see `visual_tokens`.
             bridge_ids: see `visual_tokens`.
             bridge_mask: see `visual_tokens`.
-            train: dropout and DropPath (rng streams `dropout` and `droppath`).
+            train: dropout and DropPath (rng streams `dropout` and `droppath`), of all parts or of
+                those named.
 
         Returns:
             `ChatOutput`.
@@ -130,28 +149,62 @@ class Chat(nn.Module):
         Raises:
             ConfigError: an input does not fit the config.
         """
-        embeddings, visual = self.prompt(
-            tokens,
-            visual_index,
-            video=video,
-            features=features,
-            bridge_ids=bridge_ids,
-            bridge_mask=bridge_mask,
-            train=train,
+        seen = {"video": video, "features": features}
+        told = {"bridge_ids": bridge_ids, "bridge_mask": bridge_mask}
+        places = {"segment_ids": segment_ids, "positions": positions}
+        hidden, embeddings, visual = self._read(
+            tokens, visual_index, mask, **places, **seen, **told, train=train
         )
-        out = self.llm(embeddings=embeddings, mask=mask, train=train)
-        return ChatOutput(out.logits, embeddings, visual)
+        return ChatOutput(self.llm.logits(hidden, parts_of(train).llm), embeddings, visual)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        visual_index: jax.Array,
+        mask: jax.Array | None = None,
+        **inputs: Any,
+    ) -> jax.Array:
+        """What the language model's head reads, `(B, L, width)`; arguments as in the call.
+
+        For losses that need the logits of some places alone.
+        """
+        return self._read(tokens, visual_index, mask, **inputs)[0]
+
+    def _read(
+        self,
+        tokens: jax.Array,
+        visual_index: jax.Array,
+        mask: jax.Array | None,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        train: bool | TrainedParts = False,
+        **media: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Hidden states `(B, L, width)`, what entered, and the visual tokens."""
+        embeddings, visual = self.prompt(
+            tokens, visual_index, positions=positions, **media, train=train
+        )
+        out = self.llm.hidden(
+            embeddings,
+            mask=mask,
+            segment_ids=segment_ids,
+            positions=positions,
+            train=parts_of(train).llm,
+        )
+        return out.hidden, embeddings, visual
 
     def prompt(
         self,
         tokens: jax.Array,
         visual_index: jax.Array,
         *,
+        positions: jax.Array | None = None,
         video: jax.Array | None = None,
         features: jax.Array | None = None,
         bridge_ids: jax.Array | None = None,
         bridge_mask: jax.Array | None = None,
-        train: bool = False,
+        train: bool | TrainedParts = False,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Makes what enters the language model; arguments as in the call.
 
@@ -167,7 +220,7 @@ class Chat(nn.Module):
                 bridge_mask=bridge_mask,
                 train=train,
             )
-        return self.embed(tokens, visual_index, visual), visual
+        return self.embed(tokens, visual_index, visual, positions), visual
 
     def visual_tokens(
         self,
@@ -176,7 +229,7 @@ class Chat(nn.Module):
         features: jax.Array | None = None,
         bridge_ids: jax.Array | None = None,
         bridge_mask: jax.Array | None = None,
-        train: bool = False,
+        train: bool | TrainedParts = False,
     ) -> jax.Array:
         """Encodes the views of each sample, each on its own.
 
@@ -185,9 +238,9 @@ class Chat(nn.Module):
                 Samples with fewer views than others are filled up with any: no slot names them.
             features: `(B, V, M, C)` tokens of another video encoder, or `(B, M, C)` of one view,
                 instead of `video`.
-            bridge_ids: int `(B, L')` text for the bridge, told to it with every view; None for
-                none.
-            bridge_mask: `(B, L')`, 1 = token, 0 = padding; None for no padding.
+            bridge_ids: int `(B, L')` text for the bridge, told to it with every view, or `(B, V,
+                L')`, each view's own; None for none.
+            bridge_mask: of the same shape, 1 = token, 0 = padding; None for no padding.
             train: as in the call.
 
         Returns:
@@ -199,21 +252,23 @@ class Chat(nn.Module):
         """
         if (video is None) == (features is None):
             raise ConfigError("give either video or features")
+        train = parts_of(train)
         if features is None:
-            features = self._encode(video, train)
+            features = self.encode(video, train=train.encoder)
         elif features.ndim == 3:
             features = features[:, None]
         batch, views = features.shape[:2]
-        if bridge_ids is not None:
-            bridge_ids = jnp.repeat(bridge_ids, views, axis=0)
-        if bridge_mask is not None:
-            bridge_mask = jnp.repeat(bridge_mask, views, axis=0)
         features = features.reshape(batch * views, *features.shape[2:])
-        out = self.bridge(features, bridge_ids, bridge_mask, train=train)
+        told = (_by_view(text, batch, views) for text in (bridge_ids, bridge_mask))
+        out = self.bridge(features, *told, train=train.bridge)
         return out.tokens.reshape(batch, -1, out.tokens.shape[-1])
 
     def embed(
-        self, tokens: jax.Array, visual_index: jax.Array, visual: jax.Array | None
+        self,
+        tokens: jax.Array,
+        visual_index: jax.Array,
+        visual: jax.Array | None,
+        positions: jax.Array | None = None,
     ) -> jax.Array:
         """Embeds tokens and puts visual tokens into their slots.
 
@@ -221,6 +276,7 @@ class Chat(nn.Module):
             tokens: int `(B, L)`.
             visual_index: int `(B, L)`; -1 at text.
             visual: `(B, V * K, width)`; None for text alone, whose slots would give NaN.
+            positions: int `(B, L)` of packed rows, which say where dialogues begin.
 
         Returns:
             `(B, L, width)`; NaN where an id or a slot names nothing that is there.
@@ -233,11 +289,20 @@ class Chat(nn.Module):
             rows = gather_tokens(visual, jnp.maximum(visual_index, 0))
             x = jnp.where(is_slot, rows.astype(x.dtype), x)
         if self.config.bos_as_number:
-            x = x.at[:, 0].set(tokens[:, :1].astype(x.dtype))
+            first = jnp.arange(tokens.shape[1])[None] == 0 if positions is None else positions == 0
+            x = jnp.where(first[..., None], tokens[..., None].astype(x.dtype), x)
         return x
 
-    def _encode(self, video: jax.Array, train: bool) -> jax.Array:
-        """Tokens `(B, V, M, C)` of every view of a video."""
+    def encode(self, video: jax.Array, *, train: bool = False) -> jax.Array:
+        """Tokens `(B, V, M, C)` of every view of a video: the `features` of the call.
+
+        Args:
+            video: see `visual_tokens`.
+            train: DropPath.
+
+        Raises:
+            ConfigError: the model has no encoder, or the video another number of dimensions.
+        """
         if self.config.encoder is None:
             raise ConfigError("encoder=None: this model takes features, not a video")
         if video.ndim == 5:
@@ -252,6 +317,13 @@ class Chat(nn.Module):
         return out.tokens.reshape(batch, views, *out.tokens.shape[1:])
 
 
+def _by_view(text: jax.Array | None, batch: int, views: int) -> jax.Array | None:
+    """Text of rows `(B, L')` or of views `(B, V, L')` as `(B * V, L')`."""
+    if text is None or text.ndim == 3:
+        return text if text is None else text.reshape(batch * views, text.shape[-1])
+    return jnp.repeat(text, views, axis=0)
+
+
 def generate_answers(
     model: Chat,
     params: Mapping[str, Any],
@@ -263,7 +335,7 @@ def generate_answers(
     rng: jax.Array | None = None,
     **media: jax.Array | None,
 ) -> Generated:
-    """Answers a batch of prompts (`data.dialogue.assemble(..., train=False)`).
+    """Answers a batch of prompts (`SequenceBuilder.build` of conversations without last answer).
 
     Args:
         model: the model.

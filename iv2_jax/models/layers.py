@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from iv2_jax.errors import ConfigError
 from iv2_jax.models.lora import LoraConfig
+from iv2_jax.parallel.mesh import keep_rows_split
 
 Initializer = Callable[..., jax.Array]
 
@@ -90,6 +91,8 @@ class Linear(nn.Module):
         `train` switches on the adapter's dropout, which draws from the rng stream `dropout`.
         """
         dtype = self.precision.compute_dtype
+        rows = x.ndim > len(self.in_shape)
+        x = keep_rows_split(x) if rows else x
         kernel = self.param(
             "kernel",
             boxed(self.kernel_init, *self.in_axes, *self.out_axes),
@@ -107,7 +110,7 @@ class Linear(nn.Module):
             y = y + bias.astype(dtype)
         if self.lora is not None:
             y = (y + self._adapter(x, self.lora, train)).astype(dtype)
-        return y
+        return keep_rows_split(y) if rows else y
 
     def _adapter(self, x: jax.Array, config: LoraConfig, train: bool) -> jax.Array:
         """The adapter's share of the output, float32."""
@@ -346,7 +349,7 @@ class PatchEmbed(nn.Module):
             """PyTorch's default for convolutions: U(+-1/sqrt(fan_in)), kernel and bias alike."""
             return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
-        x = extract_patches(video, self.patch_size, self.tubelet)
+        x = extract_patches(keep_rows_split(video), self.patch_size, self.tubelet)
         if patches is not None:
             x = gather_tokens(x, patches)
         dtype, param_dtype = self.precision.compute_dtype, jnp.dtype(self.precision.param_dtype)
@@ -356,7 +359,7 @@ class PatchEmbed(nn.Module):
         )
         bias = self.param("bias", boxed(uniform, "embed"), (self.width,), param_dtype)
         kernel = kernel.reshape(fan_in, self.width)
-        return x.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
+        return keep_rows_split(x.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype))
 
 
 def extract_patches(video: jax.Array, patch_size: int, tubelet: int) -> jax.Array:

@@ -110,6 +110,7 @@ class Llm(nn.Module):
         embeddings: jax.Array | None = None,
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
         prefill: bool = False,
         return_layers: tuple[int, ...] = (),
@@ -122,6 +123,7 @@ class Llm(nn.Module):
             embeddings: `(B, N, width)` in the place of embedded tokens.
             mask: see `Decoder`.
             positions: see `Decoder`.
+            segment_ids: see `Decoder`.
             cache: see `Decoder`.
             prefill: see `Decoder`.
             return_layers: see `Decoder`.
@@ -138,6 +140,7 @@ class Llm(nn.Module):
             embeddings,
             mask=mask,
             positions=positions,
+            segment_ids=segment_ids,
             cache=cache,
             prefill=prefill,
             return_layers=return_layers,
@@ -155,6 +158,7 @@ class Llm(nn.Module):
         *,
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
         prefill: bool = False,
         return_layers: tuple[int, ...] = (),
@@ -165,6 +169,7 @@ class Llm(nn.Module):
             embeddings.astype(self.config.decoder.precision.compute_dtype),
             mask=mask,
             positions=positions,
+            segment_ids=segment_ids,
             cache=cache,
             prefill=prefill,
             return_layers=return_layers,

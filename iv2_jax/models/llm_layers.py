@@ -123,6 +123,7 @@ class Context:
         cos: cosines of the rotary angles.
         sin: sines.
         mask: bool, broadcastable to `(B, heads, N, M)`, or None.
+        segments: int `(B, N)` numbers of the samples of a packed row, or None.
         slot: first slot of the cache to write, or None without a cache.
         causal: token i sees tokens 0..i of this pass.
         read_cache: attend to the whole cache, not only to the tokens of this pass.
@@ -132,6 +133,7 @@ class Context:
     cos: jax.Array
     sin: jax.Array
     mask: jax.Array | None
+    segments: jax.Array | None
     slot: jax.Array | None
     causal: bool = struct.field(pytree_node=False)
     read_cache: bool = struct.field(pytree_node=False)
@@ -164,7 +166,8 @@ class DecoderAttention(nn.Module):
                 k, v = (
                     jax.lax.dynamic_index_in_dim(whole, layer, keepdims=False) for whole in store
                 )
-        mixed = dot_product_attention(q, k, v, mask=context.mask, causal=context.causal)
+        shown = {"mask": context.mask, "segments": context.segments, "causal": context.causal}
+        mixed = dot_product_attention(q, k, v, **shown)
         heads = ((config.num_heads, config.head_dim), ("heads", "head_dim"))
         out = _linear(config, "o", heads, ((config.width,), ("embed",)))(mixed, context.train)
         return out, store
@@ -267,6 +270,7 @@ class Decoder(nn.Module):
         *,
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
         prefill: bool = False,
         return_layers: tuple[int, ...] = (),
@@ -280,11 +284,13 @@ class Decoder(nn.Module):
         Args:
             x: `(B, N, width)` embeddings.
             mask: bool `(B, N)`, False = padding, which no other token sees; padding may stand
-                left or right. Without a cache also `(B, N, N)`, query by key, such as packed
-                samples need. None: all tokens are real. A token that sees nothing gets zeros
-                from attention: what comes out at padding is finite and means nothing.
+                left or right. Without a cache also `(B, N, N)`, query by key. None: all tokens are
+                real. A token that sees nothing gets zeros from attention: what comes out at
+                padding is finite and means nothing.
             positions: int `(B, N)` rotary positions. None: real tokens are counted, after those
-                in the cache.
+                in the cache, and in each sample of a packed row from 0 on.
+            segment_ids: int `(B, N)` of packed rows: tokens see those of the same number only,
+                which stand side by side; 0 for padding. Not with a cache. None: one sample a row.
             cache: keys and values so far. With fewer than `N` free slots the result is NaN.
             prefill: the promise that `cache` is empty: it is written but not read, which saves
                 attending to its free slots.
@@ -294,17 +300,24 @@ class Decoder(nn.Module):
 
         Raises:
             ConfigError: `return_layers` is out of range or not ascending.
-            ValueError: `mask` of another shape, or too long a pass for the cache.
+            ValueError: `mask` or `segment_ids` of another shape, too long a pass for the cache, or
+                packed rows with a cache.
         """
         config = self.config
         batch, length, _ = x.shape
         mask = _checked(mask, (batch, length), cache)
+        if segment_ids is not None and (segment_ids.shape != (batch, length) or cache is not None):
+            raise ValueError(
+                f"segment_ids of shape {segment_ids.shape} must be {(batch, length)}, without cache"
+            )
         if positions is None:
             positions = (
                 positions_of(mask)
                 if mask is not None and mask.ndim == 2
                 else jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
             )
+            if segment_ids is not None:
+                positions = _within_segments(positions, segment_ids)
             if cache is not None:
                 positions = positions + cache.next_position[:, None]
         if cache is not None:
@@ -320,6 +333,7 @@ class Decoder(nn.Module):
             cos=cos,
             sin=sin,
             mask=_cache_mask(positions, slots, config) if reads else _own_mask(mask, x, config),
+            segments=segment_ids,
             slot=None if cache is None else cache.length,
             causal=not reads,
             read_cache=reads,
@@ -354,6 +368,13 @@ def _checked(
     if mask.shape not in allowed:
         raise ValueError(f"mask of shape {mask.shape} must be {' or '.join(map(str, allowed))}")
     return mask.astype(jnp.bool_)
+
+
+def _within_segments(positions: jax.Array, segments: jax.Array) -> jax.Array:
+    """Positions that count from 0 on in every segment of a row."""
+    changes = segments[:, 1:] != segments[:, :-1]
+    first = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+    return positions - jax.lax.cummax(jnp.where(first, positions, 0), axis=1)
 
 
 def _own_mask(mask: jax.Array | None, x: jax.Array, config: DecoderConfig) -> jax.Array | None:

@@ -1,7 +1,8 @@
 """Orbax checkpoints: asynchronous, whole or not there, restorable onto any mesh.
 
 A step folder holds four items: `params` (so that weights can be read alone), `train` (optimizer
-state, moving average, step), `data` (position in the data and counts) and `config`.
+state, moving average, step), `data` (position in the data and counts) and `config`; and
+`checksums.json`. In a run of several processes all of them must call the same methods.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ import orbax.checkpoint as ocp
 
 from iv2_jax import storage
 from iv2_jax.errors import CheckpointError, ConfigError
+from iv2_jax.parallel import distributed
+from iv2_jax.train import checksums
 from iv2_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+_WRITE_SECONDS = 600  # for the processes to finish their parts of an asynchronous write
 # Fields a run may change when it goes on: they do not change any number that it computes.
 FREE_FIELDS = (
     "log_every",
@@ -38,6 +42,10 @@ FREE_FIELDS = (
     "resume",
     "tensorboard",
     "stop_after",
+    "on_nan",
+    "max_skipped",
+    "step_timeout",
+    "stop_timeout",
     "data.num_workers",
     "data.threads",
     "data.prefetch",
@@ -53,11 +61,13 @@ class CheckpointConfig:
       every: Steps between saves; the last step is always saved. 0 = only the last.
       keep: Newest checkpoints kept.
       asynchronous: Write in the background while training goes on.
+      checksums: Read back what was written and keep its checksums, which a restore looks at.
     """
 
     every: int = 1000
     keep: int = 2
     asynchronous: bool = True
+    checksums: bool = True
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -72,7 +82,9 @@ class Checkpointer:
     def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
         self._config = config
         self._folder = storage.absolute(workdir / FOLDER)
+        self._saving = -1  # step of the save under way
         self._manager = self._open()
+        self._damage: dict[int, str | None] = {}  # of the steps looked at
         self.failures: list[str] = []
 
     def _open(self) -> ocp.CheckpointManager:
@@ -81,6 +93,13 @@ class Checkpointer:
             enable_async_checkpointing=self._config.asynchronous,
             # What a killed process left half written.
             cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=_WRITE_SECONDS,
+                # Before the commit: a complete checkpoint has its checksums.
+                post_finalization_callback=self._write_checksums,
+            )
+            if self._config.asynchronous
+            else None,
         )
         return ocp.CheckpointManager(self._folder, options=options)
 
@@ -102,40 +121,70 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return True
         train = {"step": state.step, "opt_state": state.opt_state, "ema": state.ema}
-        try:
-            self._manager.check_for_errors()
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    train=ocp.args.StandardSave(train),
-                    data=ocp.args.JsonSave(dict(data)),
-                    config=ocp.args.JsonSave(dict(config)),
-                ),
-                force=True,
-            )
-        except Exception as error:  # what can fail is the file system's choice, not ours
-            self._failed(step, error)
-            return False
-        return True
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            train=ocp.args.StandardSave(train),
+            data=ocp.args.JsonSave(dict(data)),
+            config=ocp.args.JsonSave(dict(config)),
+        )
+
+        def begin() -> None:
+            self._saving = step
+            self._manager.save(step, args=args, force=True)
+            if not self._config.asynchronous:
+                self._write_checksums()
+
+        # One write at a time; a failed one is only told now, and its remains go before the next.
+        before = self.wait()
+        return self._together(step, begin) and before
 
     def wait(self) -> bool:
         """Waits for the write under way; False when it failed."""
-        try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        except Exception as error:  # as in `save`
-            self._failed(None, error)
-            return False
-        return True
+        return self._together(None, self._finish_write)
 
     def close(self) -> None:
-        """Waits for what is under way and lets go of the folder."""
-        if self.wait():
-            self._manager.close()
+        """Waits for what is under way and lets go of the folder; needs no other process."""
+        try:
+            self._finish_write()
+        except Exception as error:  # as in `_together`
+            self._record(None, error)
+            return
+        self._manager.close()
 
-    def _failed(self, step: int | None, error: Exception) -> None:
-        """Records a failed write and starts over with a fresh manager, which drops the remains."""
+    def _finish_write(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def _write_checksums(self) -> None:
+        """Checksums of the save under way, in its folder before or after it gets its name."""
+        if not self._config.checksums or jax.process_index() != 0:
+            return
+        name = str(self._saving)
+        found = [
+            child
+            for child in self._folder.iterdir()
+            if child.name == name or child.name.startswith(f"{name}.orbax-checkpoint-tmp")
+        ]
+        checksums.write(max(found, key=lambda child: len(child.name)))
+
+    def _together(self, step: int | None, act: Callable[[], Any]) -> bool:
+        """Does part of a write; when it failed in any process, all start over. False then."""
+        error: Exception | None = None
+        try:
+            act()
+        except Exception as caught:  # what can fail is the file system's choice, not ours
+            error = caught
+        if not distributed.any_process(error is not None):
+            return True
+        self._record(step, error or OSError("it failed in another process, see its log"))
+        try:
+            self._manager = self._open()  # drops the remains
+        except OSError as second:
+            logger.error("the checkpoint folder cannot be opened again: %s", second)
+        return False
+
+    def _record(self, step: int | None, error: Exception) -> None:
+        """Remembers and tells a failed write."""
         where = f"checkpoint at step {step}" if step is not None else "a checkpoint"
         reason = _reason(error)
         self.failures.append(f"{where} in {self._folder}: {reason}")
@@ -144,10 +193,24 @@ class Checkpointer:
             where,
             reason,
         )
-        try:
-            self._manager = self._open()
-        except OSError as second:
-            logger.error("the checkpoint folder cannot be opened again: %s", second)
+
+    def _whole_steps(self) -> Iterator[int]:
+        """Checkpoints whose files are as written, newest first; says which are not."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if step not in self._damage:
+                self._damage[step] = self._look(step)
+            if self._damage[step] is None:
+                yield step
+
+    def _look(self, step: int) -> str | None:
+        """What is wrong with a checkpoint's files; the processes share them out."""
+        share = {"process": jax.process_index(), "processes": jax.process_count()}
+        why = checksums.damage(self._folder / str(step), **share)
+        if not distributed.any_process(why is not None):
+            return None
+        why = why or "another process found a damaged file"
+        logger.error("CHECKPOINT %d IS DAMAGED and is passed over: %s", step, why)
+        return why
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
         """Restores the newest checkpoint that can be read onto the shardings of `abstract`.
@@ -165,18 +228,21 @@ class Checkpointer:
             data=ocp.args.JsonRestore(),
             config=ocp.args.JsonRestore(),
         )
-        reasons = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in self._whole_steps():
+            why, got = None, None
             try:
                 got = self._manager.restore(step, args=args)
             except Exception as error:  # a damaged file surfaces as many kinds of error
-                reasons.append(f"  step {step}: {_reason(error)}")
+                why = _reason(error)
+            if distributed.any_process(why is not None):
+                self._damage[step] = why or "another process could not read it"
                 logger.error("checkpoint %d cannot be read, trying the one before it", step)
                 continue
-            for bad in range(len(reasons)):
-                logger.warning("passed over a damaged checkpoint:%s", reasons[bad])
-            state = TrainState(params=got.params, **got.train)
-            return state, got.data, got.config
+            for bad, text in self._damage.items():
+                if text is not None:
+                    logger.warning("passed over a damaged checkpoint:  step %d: %s", bad, text)
+            return TrainState(params=got.params, **got.train), got.data, got.config
+        reasons = [f"  step {step}: {why}" for step, why in self._damage.items() if why]
         raise CheckpointError(
             f"no readable checkpoint in {self._folder}:\n" + "\n".join(reasons or ["  none there"])
         )
@@ -192,7 +258,7 @@ class Checkpointer:
         Raises:
           CheckpointError: There is none.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in self._whole_steps():
             try:
                 args = ocp.args.Composite(config=ocp.args.JsonRestore())
                 return self._manager.restore(step, args=args).config
@@ -253,6 +319,9 @@ def load_params(
     if not steps or (step is not None and step not in steps):
         raise CheckpointError(f"no checkpoint of step {step} in {folder}; there are {steps}")
     item = storage.absolute(folder / str(step if step is not None else steps[-1]))
+    for part in ("config", "train" if ema else "params"):
+        if why := checksums.damage(item, under=part):
+            raise CheckpointError(f"checkpoint {item} is damaged: {why}; take another step")
     config = json.loads((item / "config" / "metadata").read_text())
     if not ema:
         return _read_numpy(item / "params"), config

@@ -24,6 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="trace these steps into WORKDIR/profile: 20, 20:22 (both included) or 20:22,90:92",
     )
+    several = parser.add_argument_group("several processes, one a host (a TPU slice needs none)")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
     parser.epilog = """\
 any field of the config is set by --config.FIELD=VALUE:
   iv2 train --config configs/demo/stage1.py --workdir runs/a --config.optimizer.lr=3e-4
@@ -38,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from iv2_jax import config as config_lib
-    from iv2_jax.parallel.distributed import start
+    from iv2_jax.parallel import distributed
     from iv2_jax.train import loop, profiling
 
     config = loop.read_config(args.config, config_lib.split_overrides(args.overrides))
@@ -46,5 +50,6 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(config_lib.to_dict(config), indent=2))
         return loop.EXIT_OK
     steps = profiling.read_steps(args.profile)
-    start()
-    return loop.train(config, args.workdir, profile=steps).exit_code
+    with distributed.leaving_on_error("iv2 train"):
+        distributed.start(distributed.joining(args.coordinator, args.processes, args.process))
+        return loop.train(config, args.workdir, profile=steps).exit_code

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
 from iv2_jax import config as config_lib
 from iv2_jax.data.pipeline import DataConfig, make_loader
@@ -236,8 +237,10 @@ class DistillStage(Stage):
         return {} if self.config.teacher_features else self._abstract_teachers()
 
     def _abstract_teachers(self) -> Any:
+        """Shapes of `load_teachers`, with logical axis names."""
         return {
-            t.weights_id: jax.eval_shape(t.init, jax.random.key(0)) for t in self.teachers.values()
+            teacher.weights_id: jax.eval_shape(teacher.boxed_init, jax.random.key(0))
+            for teacher in self.teachers.values()
         }
 
     def abstract_batches(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -248,7 +251,8 @@ class DistillStage(Stage):
             shape = (batch_size, self.tokens_per_clip())
             batch["visible"] = jax.ShapeDtypeStruct(shape, jnp.int32)
         if self.config.teacher_features:
-            outputs = jax.eval_shape(self.teach, self._abstract_teachers(), batch["video"])
+            weights = meta.unbox(self._abstract_teachers())
+            outputs = jax.eval_shape(self.teach, weights, batch["video"])
             batch |= jax.eval_shape(stored.pack, outputs)
         return {"": batch}
 

@@ -1,4 +1,4 @@
-"""What the towers of a stage-2 or CLIP run start from.
+"""What the towers of a stage-2, CLIP or stage-3 run start from.
 
 A run lists `TowerInit`s; each names a tower and where its weights are. They are laid over the fresh
 parameters in their order, so a later one wins where two fill the same parameter. What each took,
@@ -8,6 +8,7 @@ what it left out and what stays fresh is logged.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -17,12 +18,15 @@ import numpy as np
 from flax import traverse_util
 
 from iv2_jax.errors import CheckpointError, ConfigError
-from iv2_jax.interop import tower_recipes
+from iv2_jax.interop import chat_towers, tower_recipes
 from iv2_jax.interop.sources import open_source
-from iv2_jax.interop.tower_recipes import Model, Taken
+from iv2_jax.interop.taking import Taken
 from iv2_jax.models import kinds
+from iv2_jax.models.chat import ChatConfig
 
 logger = logging.getLogger(__name__)
+
+Model = tower_recipes.Model | ChatConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,9 @@ class TowerInit:
     Attributes:
         tower: "vision", "text" or "audio"; "model" for a whole model of the same kind (going on
             with it, or with other frames); "overlay" for any part of one, such as a released CLIP
-            delta or the original's `extra_ckpt_path`.
+            delta or the original's `extra_ckpt_path`. A chat model has "vision", "bridge" (a chat
+            model's or its Q-Former's own file, or BERT's layout), "llm" (also a GGUF file or a
+            llama2.c `.bin`) and "model".
         path: a run of ours, a folder that `iv2 export` wrote, a PyTorch file (`.pt`, `.pth`,
             `.bin`, `.safetensors`, GGUF), a folder of shards, of DeepSpeed or of transformers, or
             `package:NAME/file` in an installed package.
@@ -42,7 +48,7 @@ class TowerInit:
         ema: of a run of ours: its moving average.
     """
 
-    tower: Literal["vision", "text", "audio", "model", "overlay"]
+    tower: Literal["vision", "text", "audio", "model", "overlay", "llm", "bridge"]
     path: str
     frames: int = 0
     wrapper: str = ""
@@ -110,6 +116,10 @@ def assemble(inits: Sequence[TowerInit], config: Model) -> Assembly:
 
 def _take(init: TowerInit, config: Model) -> Taken:
     """What one init gives."""
+    if isinstance(config, ChatConfig):
+        return _take_chat(init, config)
+    if init.tower in ("llm", "bridge"):
+        raise ConfigError(f"init: tower {init.tower!r} is a chat model's, this model has none")
     source = open_source(init.path, wrapper=init.wrapper, ema=init.ema)
     if init.tower == "vision":
         return tower_recipes.vision_tower(source, config, frames=init.frames)
@@ -120,6 +130,24 @@ def _take(init: TowerInit, config: Model) -> Taken:
     return tower_recipes.whole_model(
         source, config, frames=init.frames, partial=init.tower == "overlay"
     )
+
+
+def _take_chat(init: TowerInit, config: ChatConfig) -> Taken:
+    """What one init gives to a chat model."""
+    if init.tower == "llm" and chat_towers.is_plain_llm(init.path):
+        return chat_towers.plain_llm(init.path, config)
+    recipes = {
+        "vision": functools.partial(chat_towers.vision, frames=init.frames),
+        "llm": chat_towers.llm_of_chat,
+        "bridge": chat_towers.bridge,
+        "model": chat_towers.whole_chat,
+    }
+    if init.tower not in recipes:
+        raise ConfigError(
+            f"init: a chat model has no tower {init.tower!r}: choose one of {', '.join(recipes)}"
+        )
+    source = open_source(init.path, wrapper=init.wrapper, ema=init.ema)
+    return recipes[init.tower](source, config)
 
 
 def _line(init: TowerInit, taken: Taken) -> str:

@@ -12,12 +12,11 @@ import itertools
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,8 +26,10 @@ from jax.sharding import Mesh
 from iv2_jax import config as config_lib
 from iv2_jax import storage
 from iv2_jax.errors import ConfigError
+from iv2_jax.parallel import distributed
 from iv2_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from iv2_jax.train import checkpoint as checkpoint_lib
+from iv2_jax.train import faults
 from iv2_jax.train.goodput import Goodput
 from iv2_jax.train.metrics import Clock, MetricWriter
 from iv2_jax.train.profiling import Profiler
@@ -39,7 +40,7 @@ from iv2_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-EXIT_OK, EXIT_ERROR, EXIT_NAN, EXIT_RESTART = 0, 1, 3, 75  # 75: EX_TEMPFAIL, "start me again"
+EXIT_OK, EXIT_ERROR, EXIT_NAN, EXIT_RESTART = 0, 1, 3, distributed.EXIT_RESTART
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,12 @@ def _train(config: RunConfig, workdir: Path, profile: tuple[tuple[int, int], ...
     """`train` without the last line."""
     started = time.monotonic()
     checkpoint_lib.check_writable(workdir)
+    plain_config = config_lib.to_dict(config)
+    _check_processes(workdir, plain_config)
     goodput = Goodput(workdir, active=jax.process_index() == 0)
     mesh = make_mesh(config.mesh)
     stage = config.make_stage()
     program = build_program(config, stage, mesh)
-    plain_config = config_lib.to_dict(config)
     checkpointer = checkpoint_lib.Checkpointer(workdir, config.checkpoint)
     state = starting_state(config, workdir, stage, program, checkpointer, plain_config)
     first_step = int(state.step)
@@ -112,6 +114,8 @@ def _train(config: RunConfig, workdir: Path, profile: tuple[tuple[int, int], ...
     key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
     writer = MetricWriter(workdir, config.steps, first_step, tensorboard=config.tensorboard)
     profiler = Profiler(workdir, profile)
+    bad_steps = faults.BadSteps(workdir, config.on_nan, config.max_skipped, first_step)
+    watchdog = faults.Watchdog(config.step_timeout, config.stop_timeout)
     loop = _Loop(
         config,
         stage,
@@ -121,26 +125,40 @@ def _train(config: RunConfig, workdir: Path, profile: tuple[tuple[int, int], ...
         writer,
         goodput,
         profiler,
+        bad_steps,
+        watchdog,
         frozen,
         key,
         plain_config,
     )
     goodput.begin(first_step)
     try:
-        with _stop_on_signal() as stop, goodput.spent("step"):
+        with faults.stop_on_signal(watchdog.stopping) as stop, goodput.spent("step"):
             reason, state = loop.run(state, stop)
+        with goodput.spent("checkpoint"):
+            watchdog.alive("waiting for the last checkpoint to be written")
+            ending = _finish(config, workdir, reason, int(state.step), checkpointer, started)
     except BaseException:
         checkpointer.close()  # what is being written is still finished
         raise
     finally:
+        watchdog.close()
         profiler.close()
         writer.close()
-    with goodput.spent("checkpoint"):
-        ending = _finish(config, workdir, reason, int(state.step), checkpointer, started)
     goodput.write()
     if jax.process_index() == 0:
         logger.info(goodput.line())
     return ending
+
+
+class _Done(NamedTuple):
+    """A step on its way: its metrics are fetched while the next one runs."""
+
+    step: int
+    kind: str
+    metrics: dict[str, jax.Array]
+    shared: distributed.Shared  # figures of the hosts
+    clips: np.ndarray  # this process's rows, by their place in the list of clips
 
 
 class _Loop:
@@ -156,6 +174,8 @@ class _Loop:
         writer: MetricWriter,
         goodput: Goodput,
         profiler: Profiler,
+        bad_steps: faults.BadSteps,
+        watchdog: faults.Watchdog,
         frozen: Any,
         key: jax.Array,
         plain_config: dict[str, Any],
@@ -164,14 +184,17 @@ class _Loop:
         self.compiled = compiled
         self.checkpointer, self.writer = checkpointer, writer
         self.goodput, self.profiler = goodput, profiler
+        self.bad_steps, self.watchdog = bad_steps, watchdog
+        self.hosts = distributed.Hosts(program.mesh)
+        self.clock = Clock()
         self.frozen, self.key, self.plain_config = frozen, key, plain_config
         self.replaced = 0
-        self.bad_metrics: dict[str, float] | None = None
 
-    def run(self, state: TrainState, stop: _StopFlag) -> tuple[str, TrainState]:
+    def run(self, state: TrainState, stop: faults.StopFlag) -> tuple[str, TrainState]:
         """Trains from `state` until the last step, a signal, `stop_after` or a NaN."""
         first = int(state.step)
-        self.stage.start(state.params, self.program.mesh)
+        with self.watchdog.paused("preparing"):
+            self.stage.start(state.params, self.program.mesh)
         if first == 0:
             self.evaluate(state)
         with contextlib.closing(self.stage.train_batches(first)) as batches:
@@ -184,18 +207,19 @@ class _Loop:
         return reason, state
 
     def steps(
-        self, state: TrainState, first: int, batches: Iterator[Any], stop: _StopFlag
+        self, state: TrainState, first: int, batches: Iterator[Any], stop: faults.StopFlag
     ) -> tuple[str, TrainState]:
         """The steps themselves, with the evaluations and checkpoints between them."""
         config, step = self.config, first
-        clock = Clock()
-        pending = None  # metrics of the step before: fetched while the next one runs
+        self.clock = Clock()
+        pending: _Done | None = None
         while step < config.steps:
-            with clock.waiting(), self.goodput.spent("data_wait"):
+            self.watchdog.alive(f"waiting for the data of step {step + 1}")
+            with self.clock.waiting(), self.goodput.spent("data_wait"):
                 batch = next(batches)
-            self.replaced += int(np.sum(batch.get("replaced", 0)))
             arrays = to_device(batch, self.stage.host_arrays, self.program.mesh)
             step += 1
+            self.watchdog.alive(f"in step {step}")
             self.profiler.before(step, state)
             with (
                 jax.transfer_guard("disallow"),
@@ -204,13 +228,19 @@ class _Loop:
                 kind = batch.get("media", "")
                 state, metrics = self.compiled[kind](state, self.frozen, arrays, self.key)
             self.profiler.after(step, state)
-            if pending and not self.report(*pending):
+            shared = self.hosts.share(
+                stop=stop.requested,
+                replaced=np.sum(batch.get("replaced", 0)),
+                waited=self.clock.waited(),
+            )
+            if pending and not self.report(pending, stop):
                 return "nan", state
-            pending = (step, metrics, clock, kind)
-            stopping = stop.requested or (config.stop_after and step - first >= config.stop_after)
+            pending = _Done(step, kind, metrics, shared, np.asarray(batch.get("index", ())))
+            asked = stop.requested if self.hosts.alone else stop.agreed
+            stopping = asked or (config.stop_after and step - first >= config.stop_after)
             if stopping or self.eval_due(step) or self.checkpointer.due(step):
                 # A checkpoint must not hold a NaN, so its own step is looked at first.
-                if not self.report(*pending):
+                if not self.report(pending, stop):
                     return "nan", state
                 pending = None
                 if stopping:
@@ -219,7 +249,7 @@ class _Loop:
                     self.evaluate(state)
                 if self.checkpointer.due(step):
                     self.save(state)
-        if pending and not self.report(*pending):
+        if pending and not self.report(pending, stop):
             return "nan", state
         return "complete", state
 
@@ -228,25 +258,34 @@ class _Loop:
         every = self.config.eval_every
         return bool(every) and step % every == 0 and step < self.config.steps
 
-    def report(self, step: int, metrics: dict[str, jax.Array], clock: Clock, kind: str) -> bool:
-        """Fetches and writes the metrics of a step; False when its loss is not finite."""
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    def report(self, done: _Done, stop: faults.StopFlag) -> bool:
+        """Fetches and writes the metrics of a step; False when it ends the run as not finite."""
+        step, kind = done.step, done.kind
+        values = {k: float(v) for k, v in jax.device_get(done.metrics).items()}
+        sums, slowest = done.shared.get()
+        stop.agreed |= sums["stop"] > 0
+        if stop.agreed:
+            self.watchdog.stopping()
+        self.replaced += int(sums["replaced"])
         clips = next(iter(self.program.abstract_batches[kind].values())).shape[0]
-        values |= clock.tick(clips, clips * self.stage.tokens_per_clip(kind))
+        tokens = clips * self.stage.tokens_per_clip(kind)
+        values |= self.clock.tick(clips, tokens, slowest["waited"])
         values["replaced"] = float(self.replaced)
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+        go_on = finite or self.bad_steps.add(step, kind, values, done.clips)
+        if self.config.on_nan == "skip":
+            values["skipped"] = float(self.bad_steps.skipped)
         self.goodput.reached(step)
         if step % self.config.log_every == 0 or step == self.config.steps or not finite:
             values["goodput"] = self.goodput.shares()["step"]
             self.writer.write(step, values)
         self.writer.advance(step, values)
         if not finite:
-            self.bad_metrics = values
             self.writer.say(
                 f"step {step}: loss or gradient is not finite: "
                 + ", ".join(f"{k}={v:g}" for k, v in values.items())
             )
-        return finite
+        return go_on
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Mean of the loss terms over the held-out clips, with the same masks each time.
@@ -261,7 +300,9 @@ class _Loop:
         averages: dict[str, clu_metrics.Average] = {}
         with contextlib.closing(self.stage.eval_batches()) as batches:
             for i, batch in enumerate(itertools.islice(batches, self.config.eval_batches or None)):
-                weight = float(np.mean(batch["valid"])) if "valid" in batch else 1.0
+                self.watchdog.alive(f"evaluating batch {i + 1}")
+                valid = self.hosts.share(valid=np.mean(batch.get("valid", 1.0)))
+                weight = valid.get()[0]["valid"] / jax.process_count()
                 arrays = to_device(batch, self.stage.host_arrays, self.program.mesh)
                 key = jax.random.fold_in(self.key, i)
                 metrics = self.program.eval_step(state.params, self.frozen, arrays, key)
@@ -269,7 +310,8 @@ class _Loop:
                     one = clu_metrics.Average(total=value * weight, count=np.float32(weight))
                     averages[name] = averages[name].merge(one) if name in averages else one
         values = {name: float(average.compute()) for name, average in averages.items()}
-        values |= self.stage.evaluate(state.params, self.frozen, self.program.mesh)
+        with self.watchdog.paused("evaluating"):
+            values |= self.stage.evaluate(state.params, self.frozen, self.program.mesh)
         if values:
             self.writer.write(int(state.step), values, kind="eval")
         return values
@@ -277,6 +319,7 @@ class _Loop:
     def save(self, state: TrainState) -> None:
         """Starts an asynchronous checkpoint of `state` and of the position in the data."""
         data = {"next_batch": int(state.step), "replaced": self.replaced}
+        self.watchdog.alive("saving")
         with self.goodput.spent("checkpoint"):
             self.checkpointer.save(state, data, self.plain_config)
         self.goodput.write()
@@ -298,6 +341,18 @@ def _write_config(workdir: Path, plain_config: dict[str, Any]) -> None:
         (workdir / "config.json").write_text(json.dumps(plain_config, indent=2) + "\n")
 
 
+def _check_processes(workdir: Path, plain_config: dict[str, Any]) -> None:
+    """Refuses processes of one run that were given different things, or do not see one folder."""
+    distributed.check_same(
+        json.dumps([str(workdir), plain_config], sort_keys=True),
+        lambda others: (
+            f"processes {others} were given another --config or --workdir than process 0; start "
+            "all with the same command, only --process differs"
+        ),
+    )
+    faults.check_shared(workdir)
+
+
 def _finish(
     config: RunConfig,
     workdir: Path,
@@ -314,7 +369,8 @@ def _finish(
     if reason == "nan":
         text = (
             f"stopped at step {step}: the loss is not finite; the last good checkpoint is step "
-            f"{latest} in {workdir}. Lower optimizer.lr or clip_norm, or look at that batch."
+            f"{latest} in {workdir}. Lower optimizer.lr or clip_norm, look at the batches in "
+            f"{faults.BAD_STEPS}, or set on_nan=skip (max_skipped is {config.max_skipped})."
         )
         return Ending("nan", step, EXIT_NAN, text)
     if not saved or latest != step:
@@ -328,36 +384,6 @@ def _finish(
         )
         return Ending("stopped", step, EXIT_RESTART, text)
     return Ending("complete", step, EXIT_OK, f"all {step} steps done in {took}; saved in {workdir}")
-
-
-class _StopFlag:
-    """Set by a signal, read between steps."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[_StopFlag]:
-    """SIGTERM and SIGINT ask for a checkpoint and an orderly end; a second one kills at once."""
-    flag = _StopFlag()
-
-    def handler(number: int, frame: Any) -> None:
-        del frame
-        if flag.requested:
-            raise KeyboardInterrupt
-        flag.requested = True
-        logger.warning("%s: stopping after this step", signal.Signals(number).name)
-
-    try:
-        old = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread (a notebook's worker): signals stay as they are
-        old = {}
-    try:
-        yield flag
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
 
 
 def read_config(spec: str, overrides: dict[str, str]) -> RunConfig:

@@ -137,11 +137,18 @@ class Clock:
         yield
         self._waited += time.monotonic() - start
 
-    def tick(self, clips: int, tokens: int) -> dict[str, float]:
-        """Rates of a step of so many clips and tokens; the first is left out, it fills the pipe."""
+    def waited(self) -> float:
+        """Seconds waited since this was last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def tick(self, clips: int, tokens: int, waited: float) -> dict[str, float]:
+        """Rates of a step of so many clips and tokens, for which data was waited so many seconds.
+
+        The first is left out, it fills the pipe.
+        """
         now = time.monotonic()
         elapsed = max(now - self._last, 1e-9)
-        waited, self._waited = self._waited, 0.0
         started, self._last, self._started = self._started, now, True
         if not started:
             return {}

@@ -217,6 +217,16 @@ def trainable(config: OptimizerConfig, params: Any) -> Any:
     return jax.tree.map(bool, values)
 
 
+def trained_paths(config: OptimizerConfig, params: Any) -> list[str]:
+    """Paths of the parameters that are trained.
+
+    Raises:
+      ConfigError: A pattern of `freeze` or `open` matches nothing.
+    """
+    trained = trainable(config, params)
+    return [path_name(p) for p, on in jax.tree_util.tree_leaves_with_path(trained) if on]
+
+
 def make_optimizer(
     config: OptimizerConfig, schedule: Callable[[Any], Any], params: Any
 ) -> optax.GradientTransformation:

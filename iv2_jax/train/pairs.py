@@ -23,7 +23,6 @@ from iv2_jax.data.pipeline import make_loader
 from iv2_jax.errors import ConfigError
 from iv2_jax.models import kinds
 from iv2_jax.models.video_encoder import EncoderConfig
-from iv2_jax.parallel.rules import path_name
 from iv2_jax.train import optim
 from iv2_jax.train.batches import abstract_batches
 from iv2_jax.train.init_towers import TowerInit, load_towers
@@ -112,8 +111,7 @@ class PairStage(Stage):
           ConfigError: A pattern of `optimizer.freeze` or `open` matches nothing.
         """
         params = kinds.of(self.config.model).abstract_params(self.config.model)
-        trained = optim.trainable(self.config.optimizer, params)
-        return [path_name(p) for p, on in jax.tree_util.tree_leaves_with_path(trained) if on]
+        return optim.trained_paths(self.config.optimizer, params)
 
     def init_params(self, rng: jax.Array) -> Any:
         """Fresh parameters (boxed)."""

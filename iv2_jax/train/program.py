@@ -16,9 +16,9 @@ from flax.core import meta
 from jax.sharding import Mesh
 
 from iv2_jax.parallel import rules
-from iv2_jax.parallel.mesh import batch_sharding, check_batch_size, replicated
+from iv2_jax.parallel.mesh import MeshConfig, batch_sharding, check_batch_size, replicated
+from iv2_jax.train import accumulate, optim
 from iv2_jax.train import checkpoint as checkpoint_lib
-from iv2_jax.train import optim
 from iv2_jax.train import state as state_lib
 from iv2_jax.train.stage import RunConfig, Stage
 from iv2_jax.train.state import TrainState
@@ -39,6 +39,8 @@ class Program:
       report: Tables of parameters, groups and sharding, to print.
       abstract_frozen: Shapes, dtypes and shardings of the frozen weights.
       abstract_batches: The same of the arrays of each kind of batch.
+      sharding: How each parameter is split.
+      frozen_sharding: The same of the frozen weights.
     """
 
     mesh: Mesh
@@ -49,16 +51,21 @@ class Program:
     report: str
     abstract_frozen: Any
     abstract_batches: dict[str, dict[str, jax.ShapeDtypeStruct]]
+    sharding: list[rules.ShardedParameter]
+    frozen_sharding: list[rules.ShardedParameter]
+
+    def step_arguments(self, kind: str) -> tuple[Any, ...]:
+        """Abstract arguments of `train_step` for a kind of batch."""
+        key = jax.eval_shape(jax.random.key, 0)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self.mesh))
+        return self.abstract_state, self.abstract_frozen, self.abstract_batches[kind], key
 
     def compile_steps(self) -> dict[str, jax.stages.Compiled]:
         """The training step of each kind of batch, compiled; none is compiled in mid-run."""
-        key = jax.eval_shape(jax.random.key, 0)
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self.mesh))
         steps = {}
-        for kind, batch in self.abstract_batches.items():
+        for kind in self.abstract_batches:
             start = time.monotonic()
-            lowered = self.train_step.lower(self.abstract_state, self.abstract_frozen, batch, key)
-            steps[kind] = lowered.compile()
+            steps[kind] = self.train_step.lower(*self.step_arguments(kind)).compile()
             named = f"the step of {kind}" if kind else "the step"
             logger.info("compiled %s in %.1f s", named, time.monotonic() - start)
         return steps
@@ -70,10 +77,11 @@ def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
     Raises:
       ConfigError: Batch and mesh do not fit, or an optimizer pattern matches nothing.
     """
-    check_batch_size(config.batch_size, mesh)
+    check_batch_size(config.batch_size, mesh, stage.parts)
     schedule = optim.learning_rate(config.optimizer, config.steps, config.batch_size)
     boxed = jax.eval_shape(stage.init_params, jax.random.key(0))
-    param_shardings, rows = rules.shardings(boxed, mesh)
+    param_shardings, rows = rules.shardings(boxed, mesh, config.mesh)
+    frozen_shardings, frozen_rows = rules.shardings(stage.abstract_frozen(), mesh, config.mesh)
     abstract_params = meta.unbox(boxed)
     tx = optim.make_optimizer(config.optimizer, schedule, abstract_params)
     train_mask = optim.trainable(config.optimizer, abstract_params)
@@ -92,14 +100,23 @@ def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(key, state.step)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            # Nothing is differentiated on the way to frozen parameters only.
-            params = jax.tree.map(
-                lambda p, keep: p if keep else jax.lax.stop_gradient(p), params, train_mask
-            )
-            return loss_of(params, frozen, batch, rng, train=True)
+        def gradients(part: Any, rng: jax.Array) -> tuple[Any, Any]:
+            def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+                # Nothing is differentiated on the way to frozen parameters only.
+                params = jax.tree.map(
+                    lambda p, keep: p if keep else jax.lax.stop_gradient(p), params, train_mask
+                )
+                return loss_of(params, frozen, part, rng, train=True)
 
-        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+            return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+
+        whole_batch = stage.weigh(batch)
+        if stage.parts == 1:
+            (loss, terms), grads = gradients(whole_batch, rng)
+        else:
+            (loss, terms), grads = accumulate.mean_over_parts(
+                gradients, whole_batch, rng, stage.parts, state.params, train_mask, mesh
+            )
         trained = jax.tree.map(lambda g, keep: g if keep else None, grads, train_mask)
         metrics = {
             "loss": loss,
@@ -107,16 +124,23 @@ def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
             "lr": schedule(state.step),
             "grad_norm": optax.tree.norm(trained),
         }
-        return state_lib.apply_gradients(
+        new = state_lib.apply_gradients(
             state, grads, tx, config.optimizer.ema_decay, stage.project
-        ), metrics
+        )
+        if config.on_nan == "skip":
+            finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+            new = state_lib.keep_if(finite, new, state)
+        return new, metrics
 
     def eval_step(params: Any, frozen: Any, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
-        loss, terms = loss_of(params, frozen, batch, key, train=False)
+        loss, terms = loss_of(params, frozen, stage.weigh(batch), key, train=False)
         return {"loss": loss, **terms}
 
     abstract = jax.eval_shape(create, jax.random.key(0))
-    shardings = state_lib.state_shardings(abstract, param_shardings, mesh)
+    moments = None
+    if config.mesh.shard_optimizer:
+        moments = rules.spread_over_data(param_shardings, abstract_params)
+    shardings = state_lib.state_shardings(abstract, param_shardings, mesh, moments)
     whole = replicated(mesh)
     overview = parameter_overview.get_parameter_overview(
         abstract_params, include_stats=False, max_lines=60
@@ -136,24 +160,20 @@ def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole)),
         eval_step=jax.jit(eval_step, out_shardings=whole),
         report=report,
-        abstract_frozen=_placed(*_frozen_shardings(stage, mesh)),
+        abstract_frozen=_placed(meta.unbox(stage.abstract_frozen()), frozen_shardings),
         abstract_batches={
             kind: _placed(arrays, jax.tree.map(lambda _: batch_sharding(mesh), arrays))
             for kind, arrays in stage.abstract_batches(config.batch_size).items()
         },
+        sharding=rows,
+        frozen_sharding=frozen_rows,
     )
 
 
-def put_frozen(stage: Stage, mesh: Mesh) -> Any:
+def put_frozen(stage: Stage, mesh: Mesh, config: MeshConfig | None = None) -> Any:
     """Loads frozen weights onto the mesh, sharded by the same table as trained ones."""
-    _, shardings = _frozen_shardings(stage, mesh)
+    shardings, _ = rules.shardings(stage.abstract_frozen(), mesh, config)
     return jax.tree.map(jax.device_put, stage.load_frozen(), shardings)
-
-
-def _frozen_shardings(stage: Stage, mesh: Mesh) -> tuple[Any, Any]:
-    """Shapes of the frozen weights, and where they lie."""
-    boxed = stage.abstract_frozen()
-    return meta.unbox(boxed), rules.shardings(boxed, mesh)[0]
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:

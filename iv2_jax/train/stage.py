@@ -26,6 +26,7 @@ STAGES = {
     "distill": "iv2_jax.train.distill:DistillConfig",
     "align": "iv2_jax.train.align_config:AlignConfig",
     "clip": "iv2_jax.train.clip:ClipTrainConfig",
+    "instruct": "iv2_jax.train.instruct_config:InstructConfig",
 }
 
 
@@ -49,6 +50,12 @@ class RunConfig(abc.ABC):
       eval_every: Steps between evaluations; the first and last step are always evaluated.
       eval_batches: Batches of an evaluation; 0 = all held-out clips.
       tensorboard: Write event files.
+      on_nan: What a loss or gradient that is not finite does: "stop" ends the run with code 3;
+        "skip" leaves that step's update out. Either way `bad_steps.jsonl` names its clips.
+      max_skipped: Steps of the whole run that may be skipped; one more stops it.
+      step_timeout: Seconds without a finished step, or save, after which the process shows where
+        it hangs and exits with 75; 0 = wait forever. Evaluation may take any time.
+      stop_timeout: The same from a request to stop (SIGTERM) to the end; 0 = wait forever.
       stop_after: Stop (with a checkpoint) after so many steps of this process; 0 = go to the end.
     """
 
@@ -66,13 +73,20 @@ class RunConfig(abc.ABC):
     eval_every: int = 0
     eval_batches: int = 0
     tensorboard: bool = True
+    on_nan: Literal["stop", "skip"] = "stop"
+    max_skipped: int = 10
+    step_timeout: float = 1800.0
+    stop_timeout: float = 900.0
     stop_after: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, not {getattr(self, name)}")
-        for name in ("eval_every", "eval_batches", "stop_after"):
+        for name in (
+            *("eval_every", "eval_batches", "stop_after"),
+            *("max_skipped", "step_timeout", "stop_timeout"),
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be >= 0, not {getattr(self, name)}")
 
@@ -86,6 +100,10 @@ class Stage(abc.ABC):
 
     # Batch arrays that stay on the host (bookkeeping); the rest goes to the devices.
     host_arrays: ClassVar[tuple[str, ...]] = ("index", "replaced", "valid", "media")
+
+    # Micro-batches that a batch is worked through in, one after the other: each has every n-th row,
+    # so that no row leaves its device. The step's loss is the mean of theirs.
+    parts: int = 1
 
     @abc.abstractmethod
     def init_params(self, rng: jax.Array) -> Any:
@@ -111,6 +129,10 @@ class Stage(abc.ABC):
         """
         return {}
 
+    def start(self, params: Any, mesh: Mesh) -> None:
+        """Called once before the first batch, with the parameters that the run goes on from."""
+        del params, mesh
+
     @abc.abstractmethod
     def abstract_batches(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         """Shapes of the device arrays of each kind of batch, by kind.
@@ -119,11 +141,18 @@ class Stage(abc.ABC):
         of its own, compiled before the first.
         """
 
+    def weigh(self, batch: Batch) -> Batch:
+        """The batch with what a row's share in the loss follows from, before it is split in parts.
+
+        Traced in the step. A loss that is a plain mean over rows needs nothing.
+        """
+        return batch
+
     @abc.abstractmethod
     def loss_fn(
         self, params: Any, frozen: Any, batch: Batch, rng: jax.Array, *, train: bool
     ) -> tuple[jax.Array, Metrics]:
-        """Scalar loss and scalar metrics of a global batch; pure."""
+        """Scalar loss and scalar metrics of a global batch, or of one of its parts; pure."""
 
     def project(self, params: Any) -> Any:
         """Brings updated parameters back to where they may be; traced in the step."""

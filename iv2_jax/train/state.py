@@ -42,24 +42,37 @@ def create(params: Any, tx: optax.GradientTransformation, *, with_ema: bool) -> 
     )
 
 
-def state_shardings(abstract: TrainState, param_shardings: Any, mesh: Mesh) -> TrainState:
+def state_shardings(
+    abstract: TrainState, param_shardings: Any, mesh: Mesh, moment_shardings: Any = None
+) -> TrainState:
     """Shardings of a state: moments and average lie like their parameters, the rest replicated.
 
     A leaf of the optimizer state belongs to the parameter whose path its own path ends in.
+    `moment_shardings`, of the same structure, are those of moments and average where they differ.
     """
-    table = {
-        path_name(path): sharding
-        for path, sharding in jax.tree_util.tree_leaves_with_path(param_shardings)
-    }
+
+    def by_path(tree: Any) -> dict[str, NamedSharding]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {path_name(path): sharding for path, sharding in leaves}
+
+    params = by_path(param_shardings)
+    moments = params if moment_shardings is None else by_path(moment_shardings)
     whole = replicated(mesh)
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         del leaf
         keys = path_name(path).split("/")
+        table = params if keys[0] == "params" else moments
         suffixes = ("/".join(keys[i:]) for i in range(len(keys)))
         return next((table[suffix] for suffix in suffixes if suffix in table), whole)
 
     return jax.tree_util.tree_map_with_path(one, abstract)
+
+
+def keep_if(keep: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """`new` where `keep`, a () bool, is true; else `old`, with the step counted all the same."""
+    kept = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
+    return kept.replace(step=new.step)
 
 
 def apply_gradients(

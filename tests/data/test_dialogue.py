@@ -1,95 +1,118 @@
-"""Prompts, slots, targets and padding of dialogues (spec stage3 4 and 5)."""
+"""Templates written out, rows of sequences, and what the bridge is told (spec stage3 4 and 5)."""
 
 from __future__ import annotations
-
-import re
 
 import numpy as np
 import pytest
 
 from iv2_jax.data import dialogue as dlg
 from iv2_jax.data import prompts
-from iv2_jax.data.dialogue import IGNORE, Bos
-from iv2_jax.data.prompts import Dialogue, Turn
+from iv2_jax.data.dialogue import IGNORE
+from iv2_jax.data.instruct.batches import bridge_text
+from iv2_jax.data.instruct.conversations import Conversation, Medium, Turn
+from iv2_jax.data.instruct.sequence import SequenceBuilder, SequenceConfig
+from iv2_jax.data.prompts import BridgeText
 from iv2_jax.errors import ConfigError, DataError
+from tests.data.instruct.words import Letters
 
-V3 = prompts.get_template("mistral_v3")
-HISTORY = Dialogue(
-    turns=(Turn("Hi?", "Yes."), Turn("What is she wearing?")),
-    instruction="Watch. ",
-    message=" One.  ",
+VIDEO, IMAGE = Medium("video", "a.mp4"), Medium("image", "a.jpg")
+HISTORY = Conversation(
+    (Turn("Hi?", "Yes.", "Watch. "), Turn("What is she wearing?", None)), (VIDEO,), message=" One. "
 )
-TRAINING = Dialogue(turns=(Turn("a b", "c d"), Turn("e", "f")), instruction="x y")
+TRAINING = Conversation((Turn("a b", "c d", "x y"), Turn("e", "f")), (VIDEO,))
+# Templates whose answers end with another token than `</s>`.
+ENDS = {"phi3": 100 + ord("\n"), "chatml": Letters.MARKS.index("<|im_end|>")}
 
 
-class Words:
-    """A tokenizer of words and marks; special marks are tokens of their own."""
-
-    specials = ("</s>", "[INST]", "[/INST]", "<|im_end|>", "<|end|>")
-
-    def __init__(self):
-        self.ids = {"<s>": 1, "</s>": 2}
-        self.calls = []
-
-    def __call__(self, text):
-        self.calls.append(text)
-        words = re.findall(r"\[/?INST\]|</?\w+>|<\|\w+\|>|[^\s<\[]+", text)
-        return [self.ids.setdefault(word, len(self.ids) + 1) for word in words]
-
-    def text(self, ids):
-        names = {v: k for k, v in self.ids.items()}
-        return " ".join(names[i] for i in ids)
-
-
-def _vocabulary(encode):
-    return dlg.Vocabulary(encode, bos_id=1, eos_id=2, pad_id=0)
-
-
-def _assemble(dialogue, template=V3, encode=None, **options):
+def _build(conversation, template="mistral_v3", views=None, **options):
+    tokenizer = Letters()
+    tokenizer.eos_id = ENDS.get(template, 2)
     options = {"tokens_per_view": 3} | options
-    encode = encode or Words()
-    return dlg.assemble(
-        prompts.pieces(dialogue, template), template, _vocabulary(encode), **options
+    return SequenceBuilder(SequenceConfig(template, **options), tokenizer).build(
+        conversation, views
     )
+
+
+def _written(conversation, template="mistral_v3", views=None, wanted=None, **options):
+    """The conversation as one string, `#` for each view's visual tokens; without the first <s>."""
+    built = _build(conversation, template, views, tokens_per_view=1, **options)
+    shown = [
+        "#" if index >= 0 else Letters().decode([token])
+        for token, index in zip(built.tokens, built.visual_index, strict=True)
+    ]
+    chosen = range(len(shown)) if wanted is None else np.flatnonzero(built.targets != IGNORE)
+    return "".join(shown[i] for i in chosen).removeprefix("<s>")
+
+
+def _only(question, *media):
+    return Conversation((Turn(question, None),), media)
 
 
 def test_released_chat_prompt_byte_for_byte():
-    assert prompts.render(HISTORY, V3, slot="#") == (
+    assert _written(HISTORY) == (
         "Watch. [INST] <Video>#</Video> One.[/INST]"
         " [INST] Hi? [/INST]Yes.</s> [INST] What is she wearing? [/INST]"
     )
-    image = Dialogue(turns=(Turn("What?"),), media="image")
-    assert (
-        prompts.render(image, V3, slot="#") == "[INST] <Image>#</Image>[/INST] [INST] What? [/INST]"
-    )
+    assert _written(_only("What?", IMAGE)) == "[INST] <Image>#</Image>[/INST] [INST] What? [/INST]"
 
 
 def test_views_have_a_pair_of_tags_each_or_share_one():
-    views = Dialogue(turns=(Turn("q"),), num_views=3)
-    assert prompts.render(views, V3, slot="#").count("<Video>#</Video>") == 3
-    v2 = prompts.render(views, prompts.get_template("mistral_v2"), slot="#")
+    views = _only("q", VIDEO)
+    assert _written(views, views=[3]).count("<Video>#</Video>") == 3
+    v2 = _written(views, "mistral_v2", [3])
     assert v2 == "[INST] <Video>###</Video> [/INST] [INST] q [/INST]"
 
 
 def test_other_templates():
-    text = prompts.render(TRAINING, prompts.get_template("internlm2_5"), slot="#")
-    assert text == (
+    assert _written(TRAINING, "internlm2_5") == (
         "<|im_start|>system\nx y<|im_end|>\n<|im_start|>user\n<vid>#</vid><|im_end|>\n"
         "<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\nc d<|im_end|>\n</s>"
         "<|im_start|>user\ne<|im_end|>\n<|im_start|>assistant\nf<|im_end|>\n</s>"
     )
-    assert prompts.render(TRAINING, prompts.get_template("phi3"), slot="#") == (
+    assert _written(TRAINING, "phi3") == (
         "x y<|user|>\n<Video>#</Video>\na b<|end|>\n<|assistant|>\nc d<|end|>\n"
         "<|user|>\ne<|end|>\n<|assistant|>\nf<|end|>\n"
     )
-    caption = Dialogue(turns=(Turn("", "a dog"),))
-    assert prompts.render(caption, prompts.get_template("mistral_v3_caption"), slot="#") == (
-        "<s>[INST] <Video>#</Video> [/INST] a dog</s>"
+    assert _written(TRAINING, "chatml") == (
+        "<|im_start|>system\nx y<|im_end|>\n<|im_start|>user\n<Video>#</Video>\na b<|im_end|>\n"
+        "<|im_start|>assistant\nc d<|im_end|>\n<|im_start|>user\ne<|im_end|>\n"
+        "<|im_start|>assistant\nf<|im_end|>"
     )
-    tuning = prompts.render(TRAINING, prompts.get_template("mistral_v3_tuning"), slot="#")
+    tuning = _written(TRAINING, "mistral_v3_tuning")
     assert tuning.startswith("x y[INST] <Video>#</Video>[/INST] [INST] a b [/INST] c d</s>")
-    text_only = Dialogue(turns=(Turn("q", "a"),), media="none")
-    assert prompts.render(text_only, V3) == "[INST] [/INST] [INST] q [/INST]a</s>"
+    spaced = _written(TRAINING, "mistral_v2")
+    assert spaced == (
+        "x y [INST] <Video>#</Video> [/INST] [INST] a b [/INST]c d </s>[INST] e [/INST]f </s>"
+    )  # pieces without the spaces around them, which the tokenizer puts there itself
+    text_only = Conversation((Turn("q", "a"),))
+    assert _written(text_only) == "[INST] [/INST] [INST] q [/INST]a</s>"
+    assert _written(text_only, "chatml") == (
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+        "a<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        ("mistral_v3_caption", "[INST] <Video>#</Video> [/INST] a dog</s>"),
+        ("mistral_v3", "[INST] <Video>#</Video>[/INST]a dog</s>"),
+        ("phi3", "<|user|>\n<Video>#</Video>\n<|end|>\n<|assistant|>\na dog<|end|>\n"),
+    ],
+)
+def test_captions_answer_no_question(template, written):
+    caption = Conversation((Turn("", "a dog"),), (VIDEO,))
+    assert _written(caption, template) == written
+    ended = {"phi3": "a dog<|end|>\n"}.get(template, "a dog</s>")
+    assert _written(caption, template, wanted=True) == ended
+
+
+@pytest.mark.parametrize("template", prompts.TEMPLATES)
+def test_targets_of_every_template_are_its_answers(template):
+    answers = [prompts.get_template(template).answer.format(answer=a) for a in ("c d", "f")]
+    if prompts.get_template(template).strip:
+        answers = [answer.strip() for answer in answers]
+    assert _written(TRAINING, template, wanted=True) == "".join(answers)
 
 
 def test_frames_sentence():
@@ -98,58 +121,16 @@ def test_frames_sentence():
     )
 
 
-def test_a_prompt_is_encoded_segment_by_segment():
-    words = Words()
-    _assemble(HISTORY, encode=words, train=False)
-    assert words.calls == [
-        "Watch. [INST] <Video>",
-        "</Video> One.[/INST] [INST] Hi? [/INST]Yes.</s> [INST] What is she wearing? [/INST]",
-    ]
-
-
 @pytest.mark.parametrize(
-    ("bos", "places"), [(Bos.EVERY_SEGMENT, [0, 7, 13]), (Bos.FIRST, [0]), (Bos.NONE, [])]
+    ("compat", "places"), [("released_chat", [0, 14, 33]), ("none", [0]), ("released_tuning", [])]
 )
-def test_where_the_beginning_token_goes(bos, places):
-    views = Dialogue(turns=(Turn("q"),), instruction="x", num_views=2)
-    out = _assemble(views, bos=bos, train=False)
+def test_where_the_beginning_token_goes(compat, places):
+    out = _build(Conversation((Turn("q", None, "x"),), (VIDEO,)), views=[2], compat=compat)
     assert np.flatnonzero((out.tokens == 1) & (out.visual_index < 0)).tolist() == places
 
 
-def test_every_answer_is_a_target_and_nothing_else():
-    words = Words()
-    out = _assemble(TRAINING, encode=words)
-    wanted = out.targets != IGNORE
-    np.testing.assert_array_equal(out.targets[wanted], out.tokens[wanted])
-    assert words.text(out.targets[wanted]) == "c d </s> f </s>"
-    assert out.visual_index[out.visual_index >= 0].tolist() == [0, 1, 2]
-    assert not wanted[out.visual_index >= 0].any()
-    caption = _assemble(Dialogue(turns=(Turn("", "c d"),)), encode=words)
-    assert words.text(caption.targets[caption.targets != IGNORE]) == "c d </s>"
-    prompt = _assemble(TRAINING, encode=words, train=False)
-    assert (prompt.targets == IGNORE).all()
-    np.testing.assert_array_equal(prompt.tokens, out.tokens)
-
-
-def test_visual_rows_of_views_follow_each_other():
-    out = _assemble(Dialogue(turns=(Turn("q", "a"),), num_views=3))
-    assert out.visual_index[out.visual_index >= 0].tolist() == list(range(9))
-
-
-def test_an_answer_prefix_ends_the_prompt():
-    words = Words()
-    parts = prompts.pieces(HISTORY, V3, "Best option:(")
-    out = dlg.assemble(parts, V3, _vocabulary(words), tokens_per_view=1, train=False)
-    assert words.text(out.tokens[-3:]) == "[/INST] Best option:("
-
-
-def test_a_tokenizer_that_splits_the_stop_mark_is_refused():
-    with pytest.raises(DataError, match=r"end of the answer 'c d</s>', not\s+eos_id=2"):
-        _assemble(TRAINING, encode=lambda text: [ord(c) for c in text])
-
-
 def test_rows_are_padded_and_cut():
-    out = _assemble(TRAINING)
+    out = _build(TRAINING)
     batch = dlg.pad_batch([out, out], out.length + 2, pad_id=9)
     assert batch["tokens"][0, -2:].tolist() == [9, 9]
     assert batch["targets"][0, -2:].tolist() == [IGNORE, IGNORE]
@@ -164,35 +145,26 @@ def test_rows_are_padded_and_cut():
 
 
 def test_rows_too_short_are_refused():
-    out = _assemble(TRAINING)
+    out = _build(TRAINING)
     with pytest.raises(DataError, match="example 0 has 3 visual tokens"):
-        dlg.pad_batch([out], 5, pad_id=0)
+        dlg.pad_batch([out], 15, pad_id=0)
     with pytest.raises(DataError, match="prompt 0 has"):
         dlg.pad_batch([out], out.length - 1, pad_id=0, left=True)
 
 
 def test_buckets():
-    out = _assemble(TRAINING)
+    out = _build(TRAINING)
     assert dlg.bucket_length([out], (8, out.length, 99)) == out.length
     assert dlg.bucket_length([out], (8, 9)) == 9
 
 
 def test_text_for_the_bridge():
-    assert prompts.bridge_text(TRAINING, prompts.BridgeText.NONE) is None
-    assert prompts.bridge_text(TRAINING, prompts.BridgeText.INSTRUCTION) == "x y"
-    assert prompts.bridge_text(TRAINING, prompts.BridgeText.INSTRUCTION_AND_QUESTION) == "x y a b"
-    empty = Dialogue(turns=(Turn("q", "a"),))
-    assert prompts.bridge_text(empty, prompts.BridgeText.INSTRUCTION) == ""
+    assert bridge_text(TRAINING, BridgeText.NONE) is None
+    assert bridge_text(TRAINING, BridgeText.INSTRUCTION) == "x y"
+    assert bridge_text(TRAINING, BridgeText.INSTRUCTION_AND_QUESTION) == "x y a b"
+    assert bridge_text(Conversation((Turn("q", "a"),)), BridgeText.INSTRUCTION) == ""
 
 
-def test_dialogues_that_cannot_be_are_refused():
+def test_an_unknown_template_is_refused():
     with pytest.raises(ConfigError, match="did you mean 'mistral_v3'"):
         prompts.get_template("mistral_v4")
-    with pytest.raises(ConfigError, match="media='sound'"):
-        Dialogue(turns=(Turn("q"),), media="sound")
-    with pytest.raises(DataError, match="at least one turn"):
-        Dialogue(turns=())
-    with pytest.raises(DataError, match="only the last turn"):
-        Dialogue(turns=(Turn("q"), Turn("r", "a")))
-    with pytest.raises(ConfigError, match="num_views=0"):
-        Dialogue(turns=(Turn("q"),), num_views=0)

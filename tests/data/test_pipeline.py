@@ -307,7 +307,7 @@ def test_too_little_shared_memory_is_said_at_once(config, monkeypatch):
     monkeypatch.setattr(pipeline.sys, "platform", "linux")
     monkeypatch.setattr(pipeline.os.path, "isdir", lambda _: True)
     with pytest.raises(DataError, match="shm-size"):
-        pipeline._check_shared_memory(dataclasses.replace(config, num_workers=4), 8, 0)
+        pipeline._check_shared_memory(dataclasses.replace(config, num_workers=4), 1000)
 
 
 # -- configs --------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 from iv2_jax import config as config_lib
 from iv2_jax.errors import ConfigError
 from iv2_jax.eval import model_runs
+from iv2_jax.interop.export import export_model
 from iv2_jax.interop.load import save_checkpoint
 from iv2_jax.models import clip, stage2
 from iv2_jax.models.student import StudentConfig
@@ -54,6 +55,14 @@ def test_a_run_of_stage_2_and_its_step_0(folder):
     assert not before.trained
     expected = model_runs.fresh_params(VISUAL, 3)
     jax.tree.map(np.testing.assert_array_equal, before.params, expected)
+
+
+def test_an_exported_folder(tmp_path):
+    params = two_towers.params_of(VISUAL)
+    export_model(params, VISUAL, tmp_path / "exported")
+    model = model_runs.load_model(str(tmp_path / "exported"))
+    assert (model.config, model.data) == (VISUAL, None)
+    jax.tree.map(np.testing.assert_array_equal, model.params, jax.device_get(params))
 
 
 def test_a_run_of_clip(folder):

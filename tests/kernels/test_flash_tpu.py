@@ -16,6 +16,7 @@ from iv2_jax.kernels.choice import prefer_backend
 from iv2_jax.models import zoo
 from iv2_jax.models.attention import dot_product_attention
 from iv2_jax.models.video_encoder import VideoEncoder
+from iv2_jax.parallel import described
 
 
 def _inputs(batch, queries, keys, heads, groups, head_dim):
@@ -25,11 +26,12 @@ def _inputs(batch, queries, keys, heads, groups, head_dim):
     return tuple(jnp.asarray(x, jnp.float32) for x in (q, k, v))
 
 
-def _run(inputs, backend, mask=None, causal=False):
+def _run(inputs, backend, mask=None, causal=False, segments=None):
     """Output and the gradients of a loss that weighs every output differently."""
 
     def loss(q, k, v):
-        out = dot_product_attention(q, k, v, mask=mask, causal=causal, backend=backend)
+        shown = {"mask": mask, "causal": causal, "segments": segments}
+        out = dot_product_attention(q, k, v, **shown, backend=backend)
         return jnp.sum(jnp.sin(out)), out
 
     (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*inputs)
@@ -54,6 +56,11 @@ def test_forward_and_gradient_agree_with_plain(head_dim, queries, keys, groups):
 
 def test_causal_with_padding():
     _agree(_inputs(1, 140, 140, 2, 1, 88), causal=True)
+
+
+def test_packed_samples_do_not_see_each_other():
+    segments = np.repeat([[1, 2, 0], [1, 1, 2]], [60, 50, 30], axis=1)
+    _agree(_inputs(2, 140, 140, 2, 1, 32), causal=True, segments=jnp.asarray(segments))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -113,13 +120,7 @@ def test_an_encoder_trains_through_the_kernel():
 def v5e():
     """Devices of a v5e slice of four, to compile for; none is needed."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'iv2_jax[tpu]'")
-    from jax.experimental import topologies
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TPU_SKIP_MDS_QUERY", "1")  # do not ask a cloud that is not there
-        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it compiles only, holds no chip
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    return np.asarray(topology.devices)
+    return np.asarray(described.topology("v5e:2x2").devices())
 
 
 def _compile(shape, sharding):

@@ -166,3 +166,14 @@ def test_misfits_are_refused(params):
     with pytest.raises(ConfigError, match="max_length=8"):
         _apply(params, _context(), np.zeros((2, 9), int))
     assert BridgeConfig().num_tokens == 96
+
+
+def test_kernels_of_layers_start_with_the_deviation_that_is_asked_for():
+    config = dataclasses.replace(TINY, text=False, init_std=0.25)
+    params = meta.unbox(jax.jit(Bridge(config).init)(jax.random.key(0), _context())["params"])
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for path in (p for p in flat if p.endswith("/kernel")):
+        wanted = 0.02 if path.startswith("project_") else 0.25
+        assert float(jnp.std(flat[path])) == pytest.approx(wanted, rel=0.2), path
+    with pytest.raises(ConfigError, match="init_std"):
+        dataclasses.replace(TINY, init_std=0.0)

@@ -13,8 +13,9 @@ from flax import traverse_util
 from flax.core import meta
 
 from iv2_jax.data import dialogue as dlg
-from iv2_jax.data import prompts, tiles
-from iv2_jax.data.prompts import Dialogue, Turn
+from iv2_jax.data import tiles
+from iv2_jax.data.instruct.conversations import Conversation, Medium, Turn
+from iv2_jax.data.instruct.sequence import SequenceBuilder, SequenceConfig
 from iv2_jax.errors import ConfigError
 from iv2_jax.models import chat as chat_lib
 from iv2_jax.models.chat import Chat, generate_answers
@@ -22,36 +23,19 @@ from iv2_jax.models.decoding import GenerationConfig
 from iv2_jax.models.lora import LoraConfig
 from iv2_jax.models.streaming import stream_answers
 from iv2_jax.objectives.next_token import next_token_loss
+from tests.data.instruct.words import Words
 
 TINY = chat_lib.ZOO["test_tiny_chat"]
 COUNT = TINY.bridge.num_tokens
-TEMPLATE = prompts.get_template("mistral_v3")
-VOCABULARY = dlg.Vocabulary(
-    encode=lambda text: [2 if part == "</s>" else 5 + hash_of(part) for part in split(text)],
-    bos_id=1,
-    eos_id=2,
-    pad_id=0,
-)
-
-
-def split(text):
-    return text.replace("</s>", " </s>").split()
-
-
-def hash_of(word):
-    return sum(map(ord, word)) % 50
+BUILDER = SequenceBuilder(SequenceConfig(tokens_per_view=COUNT), Words())
 
 
 def _batch(*views, length=32, train=True, left=False):
-    """Rows of dialogues with so many views each."""
+    """Rows of conversations with so many views each."""
     examples = []
     for index, count in enumerate(views):
         turn = Turn("what " * (index + 1), "a dog" if train else None)
-        dialogue = Dialogue(turns=(turn,), num_views=count)
-        parts = prompts.pieces(dialogue, TEMPLATE)
-        examples.append(
-            dlg.assemble(parts, TEMPLATE, VOCABULARY, tokens_per_view=COUNT, train=train)
-        )
+        examples.append(BUILDER.build(Conversation((turn,), (Medium("video", "a.mp4"),)), [count]))
     return dlg.pad_batch(examples, length, 0, left=left)
 
 

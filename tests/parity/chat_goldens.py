@@ -5,14 +5,35 @@ from __future__ import annotations
 import re
 
 from iv2_jax.data import dialogue as dlg
-from iv2_jax.data import prompts
-from iv2_jax.data.prompts import Dialogue, Turn
+from iv2_jax.data.instruct.conversations import Conversation, Medium, Turn
+from iv2_jax.data.instruct.sequence import SequenceBuilder, SequenceConfig, TokenSequence
+from iv2_jax.data.tokenizers.language_model import LlmTokenizer
 from iv2_jax.models.bridge import BridgeConfig
 from iv2_jax.models.chat import ChatConfig
 from tests.parity import llm_cases
 from tests.parity.goldens import Golden
 
-TEMPLATE = prompts.get_template("mistral_v2")
+TEMPLATE = "mistral_v2"
+
+
+class CaseWords(LlmTokenizer):
+    """The case's own words as tokens; keeps the texts it was given."""
+
+    def __init__(self, meta: dict) -> None:
+        """Reads the ids of a case's header."""
+        self.words, self.texts = meta["token_ids"], []
+        self.bos_id, self.eos_id = meta["bos"], self.words["</s>"]
+        self.specials = {"</s>": self.eos_id}
+        super().__init__(max_length=4096, vocab_size=1 << 20, pad_id=meta["pad"])
+
+    def _ids(self, text: str) -> list[int]:
+        self.texts.append(text)
+        return [self.words[word] for word in re.findall(r"</?Video>|\S+?(?=<|\s|$)", text)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Words joined by spaces."""
+        names = {index: word for word, index in self.words.items()}
+        return " ".join(names[int(index)] for index in ids)
 
 
 def bridge_config(golden: Golden) -> BridgeConfig:
@@ -51,35 +72,28 @@ def chat_config(golden: Golden) -> ChatConfig:
     return ChatConfig(None, bridge_config(golden), llm, bos_as_number=True)
 
 
-def parse(prompt: str) -> Dialogue:
-    """A dialogue from the original's string, written independently of the templates."""
+def parse(prompt: str) -> Conversation:
+    """A conversation from the original's string, written independently of the templates."""
     head, _, tail = prompt.partition("<Video></Video>")
     message, _, tail = tail.partition(" [/INST]")
+    instruction = head.strip().removesuffix("[INST]").strip()
     turns = []
     for answered in tail.split("</s>")[:-1]:
         question, _, answer = answered.rpartition("[/INST]")
         question = question.strip().removeprefix("[INST]").strip()
-        turns.append(Turn(question, answer.strip()))
-    instruction = head.strip().removesuffix("[INST]").strip()
-    return Dialogue(turns=tuple(turns), instruction=instruction, message=message)
+        turns.append(Turn(question, answer.strip(), instruction))
+    return Conversation(tuple(turns), (Medium("video", "a.mp4"),), message=message)
 
 
-def batch_of(case: Golden) -> tuple[list[dlg.Example], dict]:
-    """Rows of the case's prompts as our collator makes them."""
-    ids, meta = case.meta["token_ids"], case.meta
-    vocabulary = dlg.Vocabulary(
-        encode=lambda text: [ids[word] for word in re.findall(r"</?Video>|\S+?(?=<|\s|$)", text)],
-        bos_id=meta["bos"],
-        eos_id=ids["</s>"],
-        pad_id=meta["pad"],
-    )
-    count = meta["num_query"] + meta["num_extra_query"]
-    examples = [
-        dlg.assemble(
-            prompts.pieces(parse(prompt), TEMPLATE), TEMPLATE, vocabulary, tokens_per_view=count
-        )
-        for prompt in meta["prompts"]
-    ]
+def batch_of(case: Golden) -> tuple[list[TokenSequence], dict, list[str]]:
+    """Rows of the case's prompts as our collator makes them, and each prompt's text."""
+    meta, count = case.meta, case.meta["num_query"] + case.meta["num_extra_query"]
+    examples, texts = [], []
+    for prompt in meta["prompts"]:
+        tokenizer = CaseWords(meta)
+        config = SequenceConfig(TEMPLATE, max_length=4096, tokens_per_view=count)
+        examples.append(SequenceBuilder(config, tokenizer).build(parse(prompt)))
+        texts.append(" ".join(tokenizer.texts))
     longest = max(example.length for example in examples)
     length = min(longest, meta["max_txt_len"] + count)
-    return examples, dlg.pad_batch(examples, length, vocabulary.pad_id)
+    return examples, dlg.pad_batch(examples, length, meta["pad"]), texts

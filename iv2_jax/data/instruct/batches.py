@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from iv2_jax.data import prompts
 from iv2_jax.data.dialogue import IGNORE
 from iv2_jax.data.instruct.conversations import Conversation, Medium
 from iv2_jax.data.instruct.plan import Plan, PlannedBatch, RowConfig, Shape, Sizes
@@ -105,6 +104,16 @@ class TokenBatches:
         arrays["cut"] = arrays["cut"][:, 0]
         return arrays | {"kind": batch.shape.kind, "epoch": batch.epoch}
 
+    def shown(self) -> dict[tuple[str, int], int]:
+        """Views of every file, by the kind of rows that show it and its number in `clips`."""
+        found = {}
+        for conversation in self._conversations:
+            for medium in conversation.media:
+                key = conversation.kind, self._numbers[medium]
+                if key not in found:
+                    found[key] = self._num_views(medium)
+        return found
+
     def sequence(self, conversation: int, epoch: int) -> tuple[Conversation, TokenSequence]:
         """A conversation as an epoch shows it, and its sequence."""
         seeds = np.random.SeedSequence(self._seed, spawn_key=(8, epoch, conversation))
@@ -177,7 +186,7 @@ class TokenBatches:
             row["bridge_ids"][place], row["bridge_mask"][place] = ids, mask
 
 
-def leave_out(batch: dict[str, Any], media: Collection[int]) -> int:
+def leave_out(batch: dict[str, Any], media: Collection[int]) -> np.ndarray:
     """Takes conversations about files that cannot be read out of the loss, shapes as they are.
 
     The original shows another file with the same answers instead (spec stage3 trap 22).
@@ -187,14 +196,14 @@ def leave_out(batch: dict[str, Any], media: Collection[int]) -> int:
       media: numbers of the files in `TokenBatches.clips`.
 
     Returns:
-      How many conversations that were.
+      int32 (b,) how many conversations of each row that were.
     """
-    count = 0
+    count = np.zeros(len(batch["tokens"]), np.int32)
     shown = batch.get("media", np.zeros((0, 0), np.int32))
     for row, views in enumerate(np.isin(shown, list(media)) & (shown >= 0)):
         segments = np.unique(batch["view_segment"][row][views])
         batch["targets"][row, np.isin(batch["segment_ids"][row], segments)] = IGNORE
-        count += len(segments)
+        count[row] = len(segments)
     return count
 
 
@@ -266,6 +275,9 @@ def bridge_text(conversation: Conversation, mode: BridgeText) -> str | None:
       conversation: of `SequenceBuilder.visit`: the instruction is that of its first turn.
       mode: what it is told (spec stage3 2.4).
     """
+    if mode is BridgeText.NONE:
+        return None
     first = conversation.turns[0]
-    shown = prompts.Dialogue((prompts.Turn(first.question),), first.instruction)
-    return prompts.bridge_text(shown, mode)
+    if mode is BridgeText.INSTRUCTION:
+        return first.instruction
+    return f"{first.instruction} {first.question}".strip()

@@ -2,7 +2,8 @@
 
 Adds `video`, `(b, V, T, S, S, 3)`: uint8, or float32 in the units of pixels with tiles, whose
 resizing is not clamped (spec stage3 3.1). Zeros where there is no view. Nothing is mirrored but
-with `released_flip`, as the original does although answers say left and right (trap 21).
+with `released_flip`, as the original does although answers say left and right (trap 21). Adds
+`unread`, int32 `(b,)`, conversations of each row that left the loss.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from iv2_jax.data.decode import DecodeError
 from iv2_jax.data.instruct.batches import leave_out
 from iv2_jax.data.records import Clip
 from iv2_jax.data.rows import load_views, sampling_rule
-from iv2_jax.data.sources import FileSource
+from iv2_jax.data.sources import FileSource, Frames
 from iv2_jax.data.tiles import TilingConfig, hd_views
 from iv2_jax.errors import ConfigError, DataError
 
@@ -68,7 +69,7 @@ class ViewLoader:
         self.unread = 0
 
     def add(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with `video`; as it is where there is text alone.
+        """The batch with `video` and `unread`; as it is where there is text alone.
 
         Conversations about files that do not decode are taken out of the loss, logged and counted.
 
@@ -103,10 +104,10 @@ class ViewLoader:
                             f"{planned} were planned: num_views must go by its real size"
                         )
                     video[row, places] = pixels[chosen]
-        if bad:
-            batch = batch | {"targets": batch["targets"].copy()}
-            self.unread += leave_out(batch, bad)
-        return batch | {"video": video}
+        batch = batch | {"targets": batch["targets"].copy()} if bad else batch
+        unread = leave_out(batch, bad)
+        self.unread += int(unread.sum())
+        return batch | {"video": video, "unread": unread}
 
     def _load(self, number: int, key: tuple[int, ...], config: DataConfig) -> np.ndarray | None:
         """All views of a file `(V, T, S, S, 3)`, or None if it does not decode."""
@@ -114,21 +115,43 @@ class ViewLoader:
         try:
             clip = self._source.open(number)
             try:
-                if self._tiling is None:
-                    # Answers may say left and right.
-                    flip = config.flip and config.released_flip
-                    return load_views(clip, config, rng, flip=flip)
-                train, evaluate = sampling_rule(clip, config)
-                if config.eval or config.fixed_view:
-                    chosen = evaluate(len(clip), config.frames, 0, 1)
-                else:
-                    chosen = train(len(clip), config.frames, rng)
-                return hd_views(clip.read(chosen), self._tiling)
+                return views_of(clip, config, self._tiling, rng)
             finally:
                 clip.close()
         except DecodeError as e:
             self._log.add(self._source.name(number), e.reason)
             return None
+
+
+def views_of(
+    clip: Frames,
+    config: DataConfig,
+    tiling: TilingConfig | None = None,
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """The views of an open clip that the video encoder sees, each on its own.
+
+    Args:
+      clip: of `sources.open_frames`.
+      config: how frames are picked and cropped, see `TalkConfig.view_config`.
+      tiling: cuts what is picked into tiles and a global view, with no augmentation.
+      rng: source of the draws of training.
+
+    Returns:
+      `(V, T, S, S, 3)`, uint8, or float32 with tiles.
+
+    Raises:
+      DecodeError: frames cannot be read.
+    """
+    if tiling is None:
+        # Answers may say left and right.
+        return load_views(clip, config, rng, flip=config.flip and config.released_flip)
+    train, evaluate = sampling_rule(clip, config)
+    if config.eval or config.fixed_view:
+        chosen = evaluate(len(clip), config.frames, 0, 1)
+    else:
+        chosen = train(len(clip), config.frames, rng)
+    return hd_views(clip.read(chosen), tiling)
 
 
 def data_of(video: DataConfig) -> dict[str, DataConfig]:

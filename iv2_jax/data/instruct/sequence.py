@@ -224,13 +224,15 @@ class SequenceBuilder:
     def _write(
         self, conversation: Conversation, views: Sequence[int], answer_prefix: str
     ) -> Iterator[_Text | _Slots]:
-        """Writes the conversation out (as `prompts.pieces` does, for any number of media)."""
+        """Writes the conversation out: text that is a target or not, and places of media."""
         form = self.template
         instruction = conversation.turns[0].instruction
         yield _Text(_filled(form.head, instruction=instruction))
         for number in conversation.front:
             yield from self._medium(conversation, number, views[number])
-        yield _Text(_filled(form.after, message=conversation.message.rstrip()))
+        alone = not conversation.media and form.after_nothing is not None
+        after = form.after_nothing if alone else form.after
+        yield _Text(_filled(after, message=conversation.message.rstrip()))
         for at, turn in enumerate(conversation.turns):
             yield from self._question(conversation, turn, at, views)
             if turn.answer is not None:

@@ -18,8 +18,8 @@ def tokenizer_of(model: str | Path, **options: Any) -> LlmTokenizer:
     """Makes the tokenizer of a language model.
 
     Args:
-        model: a `.gguf` file, or a Hugging Face folder with `tokenizer.json` or
-            `tokenizer.model`; also `package:NAME/FILE`.
+        model: a `.gguf` file, a Hugging Face folder with `tokenizer.json` or `tokenizer.model`, or
+            a `tok*.bin` of llama2.c; also `package:NAME/FILE`.
         **options: of the tokenizer's class, such as `max_length`; they win over what the files say.
 
     Raises:
@@ -29,13 +29,15 @@ def tokenizer_of(model: str | Path, **options: Any) -> LlmTokenizer:
     path = Path(resolve(str(model)))
     if path.is_file() and path.suffix == ".gguf":
         return tokenizers.load("gguf", path, **options)
+    if path.is_file() and path.suffix == ".bin":
+        return tokenizers.load("llama2c", path, **options)
     if (path / "tokenizer.json").is_file():
         return tokenizers.load("json", path / "tokenizer.json", **_special_names(path) | options)
     if (path / "tokenizer.model").is_file():
         return tokenizers.load("sentencepiece_chat", path / "tokenizer.model", **options)
     raise DataError(
-        f"{path} has no tokenizer: it is no .gguf file and no folder with tokenizer.json or "
-        "tokenizer.model"
+        f"{path} has no tokenizer: it is no .gguf or .bin file and no folder with tokenizer.json "
+        "or tokenizer.model"
     )
 
 

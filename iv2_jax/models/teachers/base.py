@@ -18,8 +18,9 @@ class TeacherOutput:
     """Targets of a batch of clips.
 
     Attributes:
-        tokens: (K, B, N, C) float32 of unit length, layers ascending; N = has_cls + T'*H'*W', the
-            class token first, patches time-major, then row, then column.
+        tokens: (K, B, N, C) of unit length, layers ascending; N = has_cls + T'*H'*W', the class
+            token first, patches time-major, then row, then column. Scaled in float32 and kept in
+            the teacher's compute dtype: six layers of all tokens are the largest array of a step.
         pooled: (B, C') float32 of unit length, or None.
         saliency: (B, T', H'*W') float32, non-negative, on `saliency_grid`; which patches matter.
             Or None.
@@ -58,6 +59,13 @@ class Teacher(abc.ABC):
     @abc.abstractmethod
     def init(self, rng: jax.Array) -> Any:
         """Random parameters (unboxed): for shapes, plans and tests."""
+
+    def boxed_init(self, rng: jax.Array) -> Any:
+        """`init` with logical axis names, which the sharding table goes by.
+
+        A teacher without names is split by the sizes of its parameters alone.
+        """
+        return self.init(rng)
 
     @abc.abstractmethod
     def load(self) -> Any:

@@ -102,9 +102,13 @@ class InternVideo2Teacher(Teacher):
 
     def init(self, rng: jax.Array) -> Any:
         """Random parameters."""
+        return meta.unbox(self.boxed_init(rng))
+
+    def boxed_init(self, rng: jax.Array) -> Any:
+        """Random parameters with logical axis names."""
         c = self.encoder
         video = jnp.zeros((1, c.num_frames, c.image_size, c.image_size, 3), jnp.float32)
-        return meta.unbox(VideoEncoder(c).init(rng, video)["params"])
+        return VideoEncoder(c).init(rng, video)["params"]
 
     def load(self) -> Any:
         """Reads the checkpoint; alignment decoders in it are left out.
@@ -148,7 +152,7 @@ class InternVideo2Teacher(Teacher):
         video = resize_frames(self.encoder.normalize(video), self.encoder.image_size)
         out = VideoEncoder(self.encoder).apply({"params": params}, video, return_layers=self.layers)
         return TeacherOutput(
-            tokens=unit_length(out.features.astype(jnp.float32)),
+            tokens=unit_length(out.features),
             pooled=unit_length(out.pooled.astype(jnp.float32)),
             saliency=out.pool_attention[:, 1:].reshape(len(video), self.encoder.grid[0], -1),
         )

