@@ -18,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="students to train and compare")
     parser.add_argument(
-        "--stages", type=int, choices=(1, 2), default=2, help="1 stops after the students"
+        "--stages",
+        type=int,
+        choices=(1, 2, 3),
+        default=3,
+        help="1 stops after the students, 2 after sound and text (default: 3)",
     )
     parser.add_argument(
         "--config2", help="another stage-2 config (default: configs/demo/stage2.py of this clone)"
@@ -26,12 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stage2", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of that config"
     )
+    parser.add_argument(
+        "--config3", help="another stage-3 config (default: configs/demo/stage3.py of this clone)"
+    )
+    parser.add_argument(
+        "--stage3", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of that config"
+    )
     parser.epilog = """\
 examples:
   iv2 demo
   iv2 demo --data clips.jsonl --out runs/mine
   iv2 demo --stages 1
-  iv2 demo --seeds 1 --config.steps=40 --stage2 steps=10 batch_size=16
+  iv2 demo --seeds 1 --config.steps=40 --stage2 steps=10 batch_size=16 --stage3 steps=10
 """
 
 
@@ -50,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         stages=args.stages,
         stage2_config=args.config2,
         stage2_overrides=args.stage2,
+        stage3_config=args.config3,
+        stage3_overrides=args.stage3,
     )
     print(demo.closing_lines(summary, Path(args.out)))
     return 0

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from iv2_jax.data.pipeline import Loader
+from iv2_jax.eval.answers_stats import wilson
 
 # One colour a seed or a side, readable for the colour-blind.
 COLOURS = ("#2563a8", "#d9792b", "#3a8a5f", "#8d5fb0", "#b5443c")
@@ -141,6 +142,42 @@ def probe_bars(probes: Mapping[str, Any]) -> str:
             axes.set_ylim(0, 1)
             axes.set_title(title, fontsize=9)
         return _svg(figure)
+
+
+def answer_intervals(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """SVG: share of right answers with the own clip and with another, and their difference.
+
+    Args:
+      tasks: Kind of question -> `own`, `other`, `difference`, `low`, `high`, `chance`, `questions`.
+    """
+    names = list(tasks)[::-1]
+    with _figure(7.2, 0.8 + 0.42 * len(names), columns=2) as (figure, (left, right)):
+        for row, name in enumerate(names):
+            found = tasks[name]
+            for shift, key, colour in ((0.14, "own", TRAINED), (-0.14, "other", "#7d8792")):
+                label = {"own": "own clip", "other": "another clip"}[key] if row == 0 else None
+                low, high = wilson(round(found[key] * found["questions"]), found["questions"])
+                left.plot([low, high], [row + shift] * 2, color=colour, lw=1.6)
+                left.plot(found[key], row + shift, "o", color=colour, ms=5.5, label=label)
+            left.plot([found["chance"]] * 2, [row - 0.3, row + 0.3], "--", color="#b5443c", lw=1.2)
+            right.plot([found["low"], found["high"]], [row, row], color=TRAINED, lw=1.6)
+            right.plot(found["difference"], row, "o", color=TRAINED, ms=5.5)
+        for axes in (left, right):
+            axes.set_ylim(-0.5, len(names) - 0.5)
+        left.set_yticks(range(len(names)), names)
+        left.set_xlim(-0.03, 1.03)
+        left.set_xlabel("share of right answers")
+        right.axvline(0, color="#8a94a0", lw=0.8)
+        right.set_yticks(range(len(names)), [""] * len(names))
+        right.set_xlim(min(-0.3, right.get_xlim()[0]), 1.03)
+        right.set_xlabel("difference, paired, 95 %")
+        figure.legend(frameon=False, ncols=2, loc="outside upper center", fontsize=8)
+        return _svg(figure)
+
+
+def frame_strip(frames: np.ndarray) -> str:
+    """A JPEG of the frames (T, H, W, 3) of a clip side by side."""
+    return _strip(np.asarray(frames).astype(np.uint8))
 
 
 def _spread_clips(batches: Loader, rows: int) -> np.ndarray:

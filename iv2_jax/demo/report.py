@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from iv2_jax.demo import pictures, report_stage2
+from iv2_jax.demo import pictures, report_stage2, report_stage3
 from iv2_jax.demo.prepare import PreparedData
 
 QUERIES, NEIGHBOURS = 6, 5
@@ -25,6 +25,7 @@ def write(
     prepared: PreparedData,
     runs: Sequence[Path],
     aligned: Sequence[Path],
+    talker: Path | None,
     commands: Sequence[str],
 ) -> Path:
     """Writes the page of a demo into `out`; returns its path.
@@ -35,6 +36,7 @@ def write(
       prepared: The clips.
       runs: Workdirs of the students.
       aligned: Workdirs of stage 2, or none.
+      talker: Workdir of stage 3, or None.
       commands: What was run.
     """
     config = json.loads((runs[0] / "config.json").read_text())
@@ -50,6 +52,7 @@ def write(
         probe_table=_probe_table(summary["probes"]),
         neighbours=_neighbours(out, prepared, runs[0]),
         stage2=report_stage2.section(out, summary, aligned),
+        stage3=report_stage3.section(out, summary, talker),
         clips=_clip_table(prepared),
         parts=_parts(summary),
         commands=html.escape("\n".join(commands)),
@@ -77,6 +80,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
             f"mean of {len(summary['probe'])} seeds",
         ),
         *_aligned_tiles(summary),
+        *_talking_tiles(summary),
         (
             "unchecked" if difference is None else f"{difference:.0e}",
             "largest difference between Flax and the exported weights in PyTorch",
@@ -101,6 +105,20 @@ def _aligned_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{found['stage2']:.2f} <small>vs {found['frozen_random']:.2f}</small>",
             f"text to video R@5 on held-out clips after stage 2, vs a random encoder; chance "
             f"{found['chance']:.2f}",
+        )
+    ]
+
+
+def _talking_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The headline of stage 3."""
+    if "answers" not in summary:
+        return []
+    found = summary["answers"]["all"]
+    return [
+        (
+            f"{found['own']:.2f} <small>vs {found['other']:.2f}</small>",
+            f"questions about held-out clips answered right after stage 3, vs with another clip "
+            f"shown; chance {found['chance']:.2f}",
         )
     ]
 

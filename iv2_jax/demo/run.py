@@ -1,4 +1,4 @@
-"""The demo, end to end: clips, students, probes, export, alignment with sound and text, report.
+"""The demo, end to end: clips, students, probes, export, sound and text, talking, report.
 
 Every part that a user would call by hand is called here by its command line, in a process of its
 own; the commands are in the report.
@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 
 import iv2_jax
-from iv2_jax.demo import alignment, report
+from iv2_jax.demo import alignment, answers, report
 from iv2_jax.demo.prepare import PreparedData, prepare
 from iv2_jax.errors import ConfigError, UserError
 from iv2_jax.train.metrics import read_metrics
@@ -53,9 +53,11 @@ def run(
     config: str | None = None,
     seeds: int = 3,
     overrides: Sequence[str] = (),
-    stages: int = 2,
+    stages: int = 3,
     stage2_config: str | None = None,
     stage2_overrides: Sequence[str] = (),
+    stage3_config: str | None = None,
+    stage3_overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Runs the demo and writes `report.html` and `summary.json` into `out`.
 
@@ -65,9 +67,12 @@ def run(
       config: Stage-1 config file.
       seeds: Number of students, which differ in initialisation, data order and masks.
       overrides: `--config.field=value` arguments for every student.
-      stages: 1 stops after the students, 2 goes on with sound and text.
+      stages: 1 stops after the students, 2 goes on with sound and text, 3 (the first student alone)
+        with questions and answers.
       stage2_config: Stage-2 config file.
       stage2_overrides: `field=value` of that config.
+      stage3_config: Stage-3 config file.
+      stage3_overrides: `field=value` of that config.
 
     Returns:
       The summary.
@@ -85,6 +90,9 @@ def run(
     config = config or _default_config(DEFAULT_CONFIG)
     if aligns:
         stage2_config = stage2_config or _default_config(alignment.CONFIG)
+    talks = stages > 2 and answers.can_talk(prepared)
+    if talks:
+        stage3_config = stage3_config or _default_config(answers.CONFIG)
     targets = out / "targets"
     fields = (
         f"--config.data.source={prepared.manifest}",
@@ -122,9 +130,13 @@ def run(
         aligned = alignment.align(timeline, out, prepared, runs, stage2_config, stage2_overrides)
         with timeline.part("yardsticks and swapped sounds"):
             summary |= alignment.summarise(out, runs, aligned)
+    talker = None
+    if talks:
+        talker = answers.talk(timeline, out, prepared, runs[0], stage3_config, stage3_overrides)
+        summary |= answers.summarise(out, talker)
     with timeline.part("report"):
         summary |= timeline.totals()
-        report.write(out, summary, prepared, runs, aligned, timeline.commands)
+        report.write(out, summary, prepared, runs, aligned, talker, timeline.commands)
     # The report shows the parts before it; the summary counts its own writing too.
     summary |= timeline.totals()
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -289,6 +301,7 @@ def closing_lines(summary: dict[str, Any], out: Path) -> str:
     difference = summary["export_max_abs_diff"]
     checked = "not checked" if difference is None else f"differs by at most {difference:.1e}"
     aligned = _aligned_lines(summary) if "retrieval" in summary else []
+    talking = answers.closing_lines(summary, out) if "answers" in summary else []
     return "\n".join(
         [
             f"held-out loss  {summary['loss_first']:.3f} -> {summary['loss_last']:.3f}",
@@ -296,8 +309,10 @@ def closing_lines(summary: dict[str, Any], out: Path) -> str:
             f"{mean(summary['probe_random'])}, mean of {len(summary['probe'])} seeds",
             f"export in PyTorch  {checked}",
             *aligned,
+            *talking[:1],
             f"took {summary['seconds'] / 60:.1f} min and {summary['peak_rss_gb']:.1f} GB",
             f"report: {out / 'report.html'}",
+            *talking[1:],
         ]
     )
 
