@@ -38,7 +38,7 @@ EXIT_RESTART = 75  # EX_TEMPFAIL: "start me again"
 _PORT_SECONDS = 20.0  # a process 0 that was just stopped may still hold the port for so long
 
 
-class PeerMissing(Exception):
+class PeerMissing(UserError):
     """The processes of a run did not come together in time; starting again may help."""
 
 
@@ -337,6 +337,18 @@ class Shared:
         """Waits for them: sums and maxima by name."""
         sums, maxima = np.asarray(self.arrays).tolist()
         return dict(zip(self.names, sums, strict=True)), dict(zip(self.names, maxima, strict=True))
+
+
+def put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same in every process, laid out over the devices of all of them.
+
+    `jax.device_put` would compare the processes' copies by sending them around: gigabytes of
+    weights.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def any_process(flag: bool) -> bool:

@@ -28,8 +28,8 @@ class MeshConfig:
       tensor: Devices that share the heads and the MLP width of each layer.
       max_devices: Use only the first so many devices (0 = all); for tests and ablations.
       shard_optimizer: Split moments and moving average over `data` too (ZeRO): each replica updates
-        its part of the parameters and the others gather it. Costs nothing in memory traffic to
-        speak of, one gather of the parameters a step more between replicas.
+        its part of the parameters, and the all-reduce of gradients over `data` becomes a
+        reduce-scatter and a gather of what was updated.
       allow_replicated: Patterns of parameter paths that may be whole on every device although the
         mesh would split parameters and they are large.
       max_replicated_mib: What is large.

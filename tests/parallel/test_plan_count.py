@@ -257,3 +257,29 @@ def test_a_collective_that_is_spread_over_fusions_counts_once():
     assert (traffic.calls, traffic.payload, traffic.sent) == (1, 16 * 16 * 4, 12 * 16 * 4)
     gathered, negated = (4 * 16 + 16 * 16) * 4, 2 * 16 * 16 * 4
     assert counted.bytes == gathered + negated
+
+
+BETWEEN_SLICES = """\
+HloModule jit_f, is_scheduled=true
+
+ENTRY %main (a.1: f32[4,16]) -> f32[4,16] {
+  %a.1 = f32[4,16]{1,0} parameter(0)
+  %after-all = token[] after-all()
+  %send = (f32[4,16]{1,0}, u32[], token[]) send(%a.1, %after-all), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1:4}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[4,16]{1,0}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv-done = (f32[4,16]{1,0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %get-tuple-element.1 = f32[4,16]{1,0} get-tuple-element(%recv-done), index=0
+}
+"""
+
+
+def test_what_goes_between_slices_goes_through_the_hosts():
+    counted = count.count(BETWEEN_SLICES, 16)
+    ((collective, traffic),) = counted.collectives.items()
+    assert collective == count.Collective("all-reduce", (1, 2, 3, 4), between_slices=True)
+    assert (traffic.calls, traffic.payload) == (1, 256)
+    assert traffic.sent == 2 * 256 * 3 / 4
+    assert counted.bytes == 2 * 256

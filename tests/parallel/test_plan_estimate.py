@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 
 import jax
@@ -55,6 +56,28 @@ def test_which_axes_of_a_slice_close(text, chips, wrap):
 def test_slices_that_do_not_exist(text, slices, problem):
     with pytest.raises(ConfigError, match=problem):
         described.topology(text, slices)
+
+
+def test_no_compiler_and_a_busy_one_are_said(monkeypatch):
+    from jax.experimental import topologies
+
+    def describe(message):
+        def refuse(**_):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+
+    topology = described.topology("v5e:2x2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs the TPU compiler"):
+        topology.devices()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    describe("The TPU is already in use by process 7; /tmp/libtpu_lockfile")
+    with pytest.raises(ConfigError, match="another process holds the TPU compiler"):
+        topology.devices()
+    describe("bad shape")
+    with pytest.raises(ConfigError, match="libtpu does not describe topology v5e:2x2: bad shape"):
+        topology.devices()
 
 
 def test_every_chip_of_the_table_can_be_described_and_has_a_price():
@@ -136,8 +159,9 @@ def _counted():
             Operation(10, 0, 8.19e8, 0, True),  # beside the others
         ],
         collectives={
-            Collective("all-gather", slice_group): Traffic(10, 1.28e9, 1.27e9),
-            Collective("all-reduce", across): Traffic(1, 1e8, 1.5e8),
+            Collective("all-gather", slice_group): Traffic(10, 1.28e8, 1.27e8),
+            Collective("all-reduce", across): Traffic(1, 1e7, 1.5e7),
+            Collective("all-reduce", (1, 2), between_slices=True): Traffic(1, 1e6, 1e6),
         },
     )
 
@@ -150,13 +174,15 @@ def test_times_of_a_step():
         max(10 * (1e-3 + 1e-3) + kernel, found.hbm_seconds), rel=1e-2
     )
     assert found.hardware_flops == pytest.approx(512 * 1.2e12)
-    gather, reduce = sorted(found.links, key=lambda link: link.kind)
+    gather, handed, reduce = sorted(found.links, key=lambda link: (link.kind, link.network))
+    assert (handed.axes, handed.network) == (("data",), "dcn")
+    assert handed.dcn_seconds == pytest.approx(1e6 / 3.125e9)
     # Half of one edge (open) and a whole edge (a ring): 1 + 2 links.
     assert (gather.axes, gather.network) == (("fsdp",), "ici")
-    assert gather.ici_seconds == pytest.approx(1.27e9 / (3 * 45e9))
+    assert gather.ici_seconds == pytest.approx(1.27e8 / (3 * 45e9))
     # 4 replicas on 2 slices: sent x (2 - 1) / (4 - 1) crosses between them.
     assert (reduce.axes, reduce.network) == (("data",), "ici+dcn")
-    assert reduce.dcn_seconds == pytest.approx(1.5e8 / 3 / 3.125e9)
+    assert reduce.dcn_seconds == pytest.approx(1.5e7 / 3 / 3.125e9)
     assert not found.notes
 
 
