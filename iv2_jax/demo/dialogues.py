@@ -253,14 +253,15 @@ def _among(known: _Known, own: int, number: int) -> tuple[tuple[str, ...], int]:
 
 def _about_captions(clips: Sequence[Clip], most: int) -> list[Question]:
     """Which caption fits: every caption is right once and wrong `OPTIONS - 1` times."""
-    shown = _spread(clips, min(most, len(clips)))
+    different = list({clip.captions[CAPTION][0]: clip for clip in clips}.values())
+    if len(different) < OPTIONS:
+        return []
+    shown = _spread(different, min(max(most, OPTIONS), len(different)))
     texts = [clip.captions[CAPTION][0] for clip in shown]
     steps = [round(len(shown) * i / OPTIONS) for i in range(1, OPTIONS)]
     found = []
     for number, clip in enumerate(shown):
         options = [texts[number], *(texts[(number + step) % len(shown)] for step in steps)]
-        if len(set(options)) < OPTIONS:
-            continue
         place = number % OPTIONS
         options[0], options[place] = options[place], options[0]
         text = DESCRIBE[number % len(DESCRIBE)]

@@ -122,7 +122,7 @@ def run(
         )
     exported = out / "exported"
     with timeline.part("export and check in PyTorch"):
-        timeline.call("export", "--ckpt", str(runs[0]), "--to", str(exported))
+        timeline.call("export", "--ckpt", str(runs[0]), "--to", str(exported), "--overwrite")
         difference = check_export(runs[0], exported)
     summary = summarise(prepared, runs, json.loads(probe_file.read_text()), difference)
     aligned: list[Path] = []
