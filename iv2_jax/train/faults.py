@@ -116,9 +116,7 @@ class Watchdog:
         while not self._done.wait(self._every):
             now = time.monotonic()
             if now > self._stop_at:
-                self._end(
-                    f"not stopped {self._stop_limit:g} s after it was asked to (stop_timeout)"
-                )
+                self._end(f"not stopped {self._stop_limit:g} s after it was asked (stop_timeout)")
             if not self._paused and now - self._last > self._limit:
                 self._end(f"no step done for {self._limit:g} s (step_timeout)")
 

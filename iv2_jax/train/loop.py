@@ -111,7 +111,8 @@ def _train(config: RunConfig, workdir: Path, profile: tuple[tuple[int, int], ...
     frozen = put_frozen(stage, mesh, config.mesh)
     with goodput.spent("compile"):
         steps = program.compile_steps()
-    key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
+    make_key = jax.jit(jax.random.key, static_argnums=0, out_shardings=replicated(mesh))
+    key = make_key(config.seed)  # not `device_put`: the mesh may be of several processes
     writer = MetricWriter(workdir, config.steps, first_step, tensorboard=config.tensorboard)
     profiler = Profiler(workdir, profile)
     bad_steps = faults.BadSteps(workdir, config.on_nan, config.max_skipped, first_step)
@@ -338,7 +339,7 @@ def to_device(batch: Any, host_arrays: tuple[str, ...], mesh: Mesh) -> dict[str,
 def _write_config(workdir: Path, plain_config: dict[str, Any]) -> None:
     """Saves the resolved config beside the run; `iv2 train --config` reads it back."""
     if jax.process_index() == 0:
-        (workdir / "config.json").write_text(json.dumps(plain_config, indent=2) + "\n")
+        storage.write_whole(workdir / "config.json", json.dumps(plain_config, indent=2) + "\n")
 
 
 def _check_processes(workdir: Path, plain_config: dict[str, Any]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +18,8 @@ import jax
 from tqdm import tqdm
 
 from iv2_jax import storage
+
+logger = logging.getLogger(__name__)
 
 JSONL = "metrics.jsonl"
 
@@ -40,10 +45,8 @@ class MetricWriter:
         folder = self._mirror.local
         path = folder / JSONL
         kept = [line for line in read_metrics(workdir) if line["step"] <= first_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
-        self._file = path.open("a", buffering=1)
+        storage.write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = Appender(path)
         self._events = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -64,9 +67,11 @@ class MetricWriter:
             return
         values = {k: float(v) for k, v in values.items()}
         self._file.write(json.dumps({"step": step, "kind": kind, **_json_safe(values)}) + "\n")
-        if self._events:
-            for name, value in values.items():
+        try:
+            for name, value in values.items() if self._events else ():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            logger.warning("TensorBoard's events could not be written: %s", error)
         self._mirror.push()
         if self._bar.disable or kind == "eval":
             shown = {k: v for k, v in values.items() if "/" not in k or k.endswith(_SHOWN)}
@@ -80,18 +85,63 @@ class MetricWriter:
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""
-        if self._active:
+        if not self._active:
+            return
+        try:
             self._bar.write(text, file=sys.stderr)
+        except OSError as error:  # a log on a disk that is full; the metrics say it all
+            logger.warning("the console takes no more text: %s", error)
 
     def close(self) -> None:
         """Flushes and closes the files and the bar."""
         if not self._active:
             return
-        self._bar.close()
+        try:
+            self._bar.close()
+            if self._events:
+                self._events.close()
+        except OSError as error:
+            logger.warning("the console or TensorBoard's events: %s", error)
         self._file.close()
-        if self._events:
-            self._events.close()
         self._mirror.close()
+
+
+class Appender:
+    """Whole lines at the end of a file; those for which the disk has no room wait for it.
+
+    Args:
+      path: The file, which exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("r+b", buffering=0)
+        self._end = self._file.seek(0, 2)
+        self._waiting = b""
+
+    def write(self, text: str) -> None:
+        """Appends, or says why it cannot and keeps the text for the next time."""
+        told = bool(self._waiting)
+        self._waiting += text.encode()
+        try:
+            self._file.seek(self._end)
+            done = self._file.write(self._waiting)
+            if done < len(self._waiting):
+                self._file.truncate(self._end)  # no half lines
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not told:
+                logger.error("%s cannot be written to, its lines wait: %s", self._path, error)
+            return
+        self._end, self._waiting = self._end + done, b""
+        if told:
+            logger.warning("%s is written to again", self._path)
+
+    def close(self) -> None:
+        """Tries a last time."""
+        if self._waiting:
+            self.write("")
+        self._file.close()
 
 
 def read_metrics(workdir: Path, kind: str | None = None) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from flax.core import meta
 from jax.sharding import Mesh
 
 from iv2_jax.parallel import rules
+from iv2_jax.parallel.distributed import put
 from iv2_jax.parallel.mesh import MeshConfig, batch_sharding, check_batch_size, replicated
 from iv2_jax.train import accumulate, optim
 from iv2_jax.train import checkpoint as checkpoint_lib
@@ -124,9 +125,7 @@ def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
             "lr": schedule(state.step),
             "grad_norm": optax.tree.norm(trained),
         }
-        new = state_lib.apply_gradients(
-            state, grads, tx, config.optimizer.ema_decay, stage.project
-        )
+        new = state_lib.apply_gradients(state, grads, tx, config.optimizer.ema_decay, stage.project)
         if config.on_nan == "skip":
             finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
             new = state_lib.keep_if(finite, new, state)
@@ -173,7 +172,7 @@ def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
 def put_frozen(stage: Stage, mesh: Mesh, config: MeshConfig | None = None) -> Any:
     """Loads frozen weights onto the mesh, sharded by the same table as trained ones."""
     shardings, _ = rules.shardings(stage.abstract_frozen(), mesh, config)
-    return jax.tree.map(jax.device_put, stage.load_frozen(), shardings)
+    return jax.tree.map(put, stage.load_frozen(), shardings)
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:

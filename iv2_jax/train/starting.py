@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from iv2_jax.errors import CheckpointError, nearest
+from iv2_jax.parallel.distributed import put
 from iv2_jax.parallel.rules import path_name
 from iv2_jax.train import checkpoint as checkpoint_lib
 from iv2_jax.train.program import Program
@@ -81,7 +82,7 @@ def fit_params(params: Any, abstract: Any, source: str) -> Any:
     if problems:
         raise CheckpointError(f"weights of {source} do not fit this model:\n" + "\n".join(problems))
     return jax.tree_util.tree_map_with_path(
-        lambda p, x: jax.device_put(have[path_name(p)].astype(x.dtype), x.sharding), abstract
+        lambda p, x: put(have[path_name(p)].astype(x.dtype), x.sharding), abstract
     )
 
 
@@ -104,6 +105,6 @@ def lay_over(params: Any, given: Any) -> Any:
 
     def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         array = have.get(path_name(path))
-        return x if array is None else jax.device_put(np.asarray(array, x.dtype), x.sharding)
+        return x if array is None else put(np.asarray(array, x.dtype), x.sharding)
 
     return jax.tree_util.tree_map_with_path(one, params)

@@ -94,6 +94,28 @@ def test_nan_stops_keeps_the_last_good_checkpoint_and_writes_no_later_one(tmp_pa
     assert read_metrics(tmp_path, "train")[-1]["loss"] == "nan"
 
 
+def test_a_nan_is_skipped_and_only_that_step_is_lost(tmp_path):
+    ending = loop.train(toy.config(nan_at=6, on_nan="skip", stop_after=9), tmp_path)
+    assert (ending.reason, ending.step) == ("stopped", 9)
+    kept = (tmp_path / "bad_steps.jsonl").read_text()
+    line = json.loads(kept)
+    assert (line["step"], line["policy"]) == (7, "skip")
+    assert line["clips"] == list(range(48, 56))
+    assert line["metrics"]["loss"] == "nan"
+    lines = {line["step"]: line for line in read_metrics(tmp_path, "train")}
+    assert (lines[6]["skipped"], lines[8]["skipped"]) == (0, 1)
+    assert np.isfinite(lines[9]["loss"])
+
+    # The count goes on over a restart; one more than the limit ends the run.
+    again = toy.config(nan_at=10, on_nan="skip", max_skipped=1, resume="force")
+    ending = loop.train(again, tmp_path)
+    assert (ending.reason, ending.exit_code) == ("nan", loop.EXIT_NAN)
+    assert "on_nan=skip (max_skipped is 1)" in ending.text
+    text = (tmp_path / "bad_steps.jsonl").read_text()
+    assert text.startswith(kept)
+    assert json.loads(text.splitlines()[1])["step"] == 11
+
+
 def test_init_from_takes_weights_and_starts_at_step_0(tmp_path):
     loop.train(toy.config(steps=60), tmp_path / "a")
     trained = losses(tmp_path / "a", "eval")[60]
@@ -123,14 +145,38 @@ def test_resume_never_refuses_a_used_workdir(tmp_path):
         loop.train(toy.config(resume="never"), tmp_path)
 
 
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
-    loop.train(toy.config(), tmp_path / "a")
-    loop.train(toy.config(stop_after=8), tmp_path / "b")
-    for file in (tmp_path / "b" / "checkpoints" / "8" / "params").rglob("*"):
+def cut_short(step):
+    for file in (step / "params").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
+
+
+def flip_a_bit(step):
+    file = max((step / "train").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def cut_short_without_checksums(step):
+    (step / "checksums.json").unlink()
+    cut_short(step)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (cut_short, "CHECKPOINT 8 IS DAMAGED and is passed over: params/"),
+        (flip_a_bit, "its content is not what was written (CRC-32)"),
+        (cut_short_without_checksums, "checkpoint 8 cannot be read"),
+    ],
+)
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog, damage, told):
+    loop.train(toy.config(), tmp_path / "a")
+    loop.train(toy.config(stop_after=8), tmp_path / "b")
+    damage(tmp_path / "b" / "checkpoints" / "8")
     loop.train(toy.config(), tmp_path / "b")
-    assert "checkpoint 8 cannot be read" in caplog.text
+    assert told in caplog.text
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 

@@ -64,7 +64,11 @@ class ToyStage(Stage):
         x = rng.normal(size=(self.config.batch_size, self.config.width)).astype(np.float32)
         if step == self.config.nan_at:
             x[0, 0] = np.nan
-        return {"x": x, "replaced": np.zeros(len(x), np.int32)}
+        index = np.arange(step * len(x), (step + 1) * len(x), dtype=np.int32)
+        batch = {"x": x, "index": index, "replaced": np.zeros(len(x), np.int32)}
+        rows = len(x) // jax.process_count()
+        own = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+        return {name: array[own] for name, array in batch.items()}
 
     def train_batches(self, start_step):
         step = start_step
