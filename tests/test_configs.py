@@ -32,6 +32,10 @@ SHIPPED = {
     "stage2/internvideo2_6b.py:masked": 6_453_900_079,
     "stage2/internvideo2_6b.py:unmasked": 6_453_900_079 + 2050,
     # Spec stage3 9 without the 512 numbers of positions; captions are learnt without adapters.
+    # The 39 blocks, the Q-Former without 64 queries and two projections, and its heads.
+    "stage3/bridge_pretraining.py": 987_337_728
+    + (192_033_536 - 512 - 64 * 768 - 2 * 768 * 4096 - 4096 - 768)
+    + (2 * 768 * 769 + 2 * 1537 + 1 + 768 * 769 + 2 * 768 + 30523),
     "stage3/internvideo2_chat.py:bridge": 8_471_369_472 - 512 - 42_532_864 - 4 * 256 * 1408,
     "stage3/internvideo2_chat.py:caption": 8_471_369_472 - 512 - 42_532_864 - 4 * 256 * 1408,
     "stage3/internvideo2_chat.py:tuning": 8_471_369_472 - 512,

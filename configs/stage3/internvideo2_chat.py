@@ -6,12 +6,13 @@
 
 `bridge` and `caption` start from parts: {'tower': 'vision', 'path': 'gs://BUCKET/s2_1b'},
 {'tower': 'bridge', 'path': 'bert-base-uncased'} and {'tower': 'llm', 'path': 'mistral-7b-v0.3'}.
-Recipe: spec stage3 8.1, 8.2 (STEP's scripts). Ours, as nobody told: the whole of `bridge` (the
-original pre-trains the Q-Former by contrast, matching and captions without a language model, which
-is not here; this one learns captions through the frozen language model), the number of samples of
-`hd16`, InternLM's `hd8`, and its template for captions. Every answer is learnt, not one a
-visit as released (`--config.talk.sequence.compat=released_tuning`). Nothing is mirrored (trap 21).
-The mesh is for 64 chips. None of this has been run on hardware.
+Recipe: spec stage3 8.1, 8.2 (STEP's scripts). The original's Q-Former comes from a pre-training of
+its own, without a language model: `bridge_pretraining.py`, whose run `caption` takes as
+{'tower': 'bridge', 'path': 'gs://BUCKET/s3_bridge'}. The variant `bridge` is another way to a first
+Q-Former, all of it ours: captions through the frozen language model. Ours, as nobody told, are also
+the number of samples of `hd16`, InternLM's `hd8`, and its template for captions. Every answer is
+learnt, not one a visit as released (`--config.talk.sequence.compat=released_tuning`). Nothing is
+mirrored (trap 21). The mesh is for 64 chips. None of this has been run on hardware.
 """
 
 from ml_collections import ConfigDict

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
-from flax.core import meta
 
 from iv2_jax.data.package_files import resolve
 from iv2_jax.errors import ConfigError
@@ -28,12 +27,13 @@ from iv2_jax.interop.taking import (
     read_table,
     under,
 )
-from iv2_jax.interop.text_recipes import from_released_bert
+from iv2_jax.interop.text_recipes import from_released_bert, modern_name
 from iv2_jax.interop.torch_keys import HEADS
 from iv2_jax.interop.torch_keys import chat as chat_keys
 from iv2_jax.interop.torch_keys.video import encoder_map
 from iv2_jax.models import kinds, lora
 from iv2_jax.models.bridge import BridgeConfig
+from iv2_jax.models.bridge_pretraining import BridgePretrainingConfig
 from iv2_jax.models.chat import ChatConfig
 from iv2_jax.models.llm import LlmConfig
 
@@ -49,7 +49,9 @@ _DECODER_FIELDS = (
 )
 
 
-def vision(source: WeightSource, config: ChatConfig, *, frames: int = 0) -> Taken:
+def vision(
+    source: WeightSource, config: ChatConfig | BridgePretrainingConfig, *, frames: int = 0
+) -> Taken:
     """The video encoder: that of a student, a stage-2, CLIP or chat model (spec stage3 2.1).
 
     Blocks beyond the chat model's (39 of 40 are kept), the pool and all heads are left out;
@@ -144,7 +146,7 @@ def llm_of_chat(source: WeightSource, config: ChatConfig) -> Taken:
     return Taken(flat, _fresh_adapters(config, flat))
 
 
-def bridge(source: WeightSource, config: ChatConfig) -> Taken:
+def bridge(source: WeightSource, config: ChatConfig | BridgePretrainingConfig) -> Taken:
     """The bridge: of a chat model, of the Q-Former's own pretraining, or BERT's (spec stage3 2.2).
 
     From BERT's layout, the queries' feed-forward starts as the text's; cross-attention, queries and
@@ -191,6 +193,57 @@ def bridge(source: WeightSource, config: ChatConfig) -> Taken:
     return Taken(under("bridge", read_table(tensors, wanted, ignore, source)), fresh)
 
 
+def bridge_to_pretrain(source: WeightSource, config: BridgePretrainingConfig) -> Taken:
+    """What a Q-Former's pretraining starts from, from the same sources as `bridge`.
+
+    Projections to a language model are left out. From BERT's layout the language head starts as
+    BERT's, where the file has it; its score of words that BERT lacks (`[DEC]`) starts at zero.
+
+    Args:
+        source: opened weights.
+        config: the model that starts from it.
+
+    Returns:
+        The filled parameters under `bridge/` and `lm_head/`.
+
+    Raises:
+        UserError: as `bridge`.
+    """
+    taken = bridge(source, config)
+    params = {k: v for k, v in taken.params.items() if not k.startswith("bridge/project_")}
+    fresh = {k: why for k, why in taken.fresh.items() if not k.startswith("bridge/project_")}
+    head = {
+        f"qformer.{modern_name(key)}": np.asarray(value)
+        for key, value in source.tensors.items()
+        if key.startswith("cls.predictions.") and ".decoder." not in key
+    }
+    if not head:
+        return Taken(params, fresh, taken.notes)
+    bias = "qformer.cls.predictions.bias"
+    if bias in head:
+        more = config.bridge.vocab_size - len(head[bias])
+        head[bias] = np.pad(head[bias], (0, max(more, 0)))
+    table = chat_keys.bridge_pretraining_map(config)
+    wanted = [entry for entry in table if entry.path.startswith("lm_head/")]
+    return Taken(params | read_table(head, wanted, {}, source), fresh, taken.notes)
+
+
+def whole_pretraining(source: WeightSource, config: BridgePretrainingConfig) -> Taken:
+    """A whole run of a Q-Former's pretraining, at another number of frames maybe.
+
+    Raises:
+        CheckpointError: it is none, or something is missing, left over or of another shape.
+        ConfigError: it has another encoder than `config` says.
+    """
+    known = encoder_of(source.config)
+    if known is not None:
+        check_same(known, config.encoder, ENCODER_FIELDS, "vision", source)
+    frames = getattr(known, "num_frames", 0)
+    tensors = fit_positions(source.tensors, config.encoder, frames=frames, prefix=_VISION)
+    table = chat_keys.bridge_pretraining_map(config)
+    return Taken(read_table(tensors, table, {}, source), {})
+
+
 _TEXT_SIDE = (
     r"qformer\.bert\.(embeddings\.(word|position)_embeddings"
     r"|encoder\.layer\.\d+\.(intermediate|output))\..*"
@@ -200,9 +253,15 @@ _MAY_MISS = r"extra_query_tokens|project_(up|down)/.*|embeddings/(word|position)
 
 def _from_bert(source: WeightSource, config: BridgeConfig, table: list[entries.Entry]) -> Taken:
     """The parts of the bridge that are BERT's."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        drawn = meta.unbox(kinds.of(config).init_params(config, jax.random.key(0)))
-    params = from_released_bert(source.tensors, table, drawn, source=str(source.path))
+    drawn = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), kinds.of(config).abstract_params(config)
+    )
+    if config.text:  # BERT has fewer words; all else that it has not stays out
+        word = drawn["embeddings"]["word"]
+        word += (0.02 * np.random.default_rng(0).normal(size=word.shape)).astype(word.dtype)
+    # The head of BERT's own training has no place in a bridge.
+    tensors = {k: v for k, v in source.tensors.items() if not k.startswith("cls.")}
+    params = from_released_bert(tensors, table, drawn, source=str(source.path))
     flat = traverse_util.flatten_dict(params, sep="/")
     own = {
         entry.path

@@ -109,6 +109,7 @@ _LOADS = {
     "clip_small": "InternVideo2_CLIP_S, _B, _L",
     "llm": "files and sharded folders of transformers, adapters of old and new peft, GGUF files",
     "bridge": "the Q-Former and projections of a chat model",
+    "bridge_pretraining": "runs of ours, to start chat models from",
     "chat": "InternVideo2-Chat-8B's folder, VideoChat2's files",
     "shots": "released weights in PyTorch",
 }
@@ -145,6 +146,15 @@ FAMILIES: dict[str, Family] = {
         ("clip_small", "clip:clip_map", "clip:IGNORABLE", None, "clip.py", "clip"),
         ("llm", "llm:llm_map", "llm:IGNORABLE", "peft", "llm.py", "llm"),
         ("bridge", "chat:bridge_map", "chat:BESIDE_BRIDGE", None, "bridge.py", "bridge"),
+        # Only what goes on in training: read, never exported.
+        (
+            "bridge_pretraining",
+            "chat:bridge_pretraining_map",
+            None,
+            None,
+            None,
+            "bridge_pretraining",
+        ),
         ("chat", "chat:chat_map", "chat:IGNORABLE", "chat", "chat.py", "chat"),
         ("shots", "shots:shots_map", "shots:IGNORABLE", None, "shots.py", "shots"),
     )

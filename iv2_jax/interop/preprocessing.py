@@ -117,6 +117,11 @@ def chat(config: Any) -> dict[str, Any]:
     return spec if config.encoder is None else {"video": video(config.encoder)} | spec
 
 
+def bridge_pretraining(config: Any) -> dict[str, Any]:
+    """Of a Q-Former's pretraining."""
+    return {"video": video(config.encoder), "bridge": bridge(config.bridge)}
+
+
 def shots(config: Any) -> dict[str, Any]:
     """Of a shot-boundary detector."""
     return {

@@ -58,7 +58,7 @@ def from_released_bert(
         CheckpointError: BERT lacks something, has more layers than the model, or is of another
             size; everything that does not fit is listed.
     """
-    released = {_modern_name(key): tensors[key] for key in tensors}
+    released = {modern_name(key): tensors[key] for key in tensors}
     flat = traverse_util.flatten_dict(meta.unbox(dict(fresh)), sep="/")
     state: dict[str, Any] = {}
     used: set[str] = set()
@@ -109,7 +109,7 @@ def bert_tensors(
         CheckpointError: the file has more layers than the tower, lacks something else, or is of
             another size; everything that does not fit is listed.
     """
-    released = {_modern_name(key): tensors[key] for key in tensors}
+    released = {modern_name(key): tensors[key] for key in tensors}
     numbers = [int(m[1]) for name in released if (m := _LAYER.match(name))]
     depth = max(numbers, default=-1) + 1
     has_head = any(name.startswith("cls.predictions.transform") for name in released)
@@ -167,7 +167,7 @@ def _first_rows(table: Any, entry: Entry) -> Any:
     return TensorRef((rows, width), np.dtype(table.dtype), lambda: np.asarray(table)[:rows])
 
 
-def _modern_name(key: str) -> str:
+def modern_name(key: str) -> str:
     """The key without `bert.`, its norm's parameters named weight and bias."""
     key = key.removeprefix("bert.")
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"\.beta$", ".bias", key))

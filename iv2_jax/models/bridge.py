@@ -23,6 +23,7 @@ from iv2_jax.models.text.bert_layers import (
     Embeddings,
     Layer,
     LayerConfig,
+    Versions,
     cross_attention_bias,
     self_attention_bias,
 )
@@ -150,6 +151,7 @@ class LayerGroup(nn.Module):
         context: jax.Array,
         context_bias: jax.Array | None,
         *,
+        versions: Versions | None = None,
         drop_path: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
@@ -167,6 +169,7 @@ class LayerGroup(nn.Module):
                 bias,
                 context,
                 context_bias,
+                versions=versions,
                 num_queries=c.num_tokens,
                 drop_path=None if drop_path is None else drop_path[index],
                 train=train,
@@ -240,20 +243,14 @@ class Bridge(nn.Module):
                 a bridge without.
         """
         c = self.config
-        if context.ndim != 3 or context.shape[-1] != c.context_width:
-            raise ConfigError(
-                f"context has shape {tuple(context.shape)}; context_width={c.context_width} "
-                f"needs (B, M, {c.context_width})"
-            )
         if ids is not None and not c.text:
             raise ConfigError("text=False: this bridge reads no text; give it no ids")
         x = self.embed(len(context), ids, train=train)
-        context = self.vision_norm(context)
         bias = None
         if ids is not None and mask is not None:
             seen = jnp.ones((len(context), c.num_tokens), jnp.float32)
             bias = self_attention_bias(jnp.concatenate([seen, mask], axis=1))
-        x = self._run(x, (bias, context, cross_attention_bias(context_mask)), train)
+        x = self.hidden(x, context, bias, context_mask=context_mask, train=train)
         tokens = self.project_up(x[:, : c.num_tokens])
         if self.is_initializing() and c.project_down:
             self.project_down(tokens)
@@ -264,14 +261,60 @@ class Bridge(nn.Module):
         queries = jnp.broadcast_to(self.queries, (batch, *self.queries.shape))
         return self.embeddings(ids, queries, train=train)
 
-    def _run(self, x: jax.Array, inputs: tuple[jax.Array | None, ...], train: bool) -> jax.Array:
+    def embed_text(self, ids: jax.Array, *, train: bool = False) -> jax.Array:
+        """What enters the first layer of a text alone, `(B, L, width)`; positions from 0 on."""
+        return self.embeddings(ids, train=train)
+
+    def hidden(
+        self,
+        x: jax.Array,
+        context: jax.Array,
+        bias: jax.Array | None = None,
+        *,
+        context_mask: jax.Array | None = None,
+        versions: Versions | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Runs the Q-Former, without the projection, on what was embedded.
+
+        Args:
+            x: `(B, N, width)` of `embed`, and of `embed_text` behind it: the queries are first.
+            context: as in the call, with one row for each row of `x`, or fewer with `versions`.
+            bias: added to the scores of self-attention, broadcastable to `(B, heads, N, N)`; says
+                which tokens see each other. None: all do.
+            context_mask: as in the call.
+            versions: several rows of `x` read one of `context`, see `Versions`.
+            train: as in the call.
+
+        Returns:
+            `(B, N, width)`.
+
+        Raises:
+            ConfigError: the context has another width.
+        """
+        c = self.config
+        if context.ndim != 3 or context.shape[-1] != c.context_width:
+            raise ConfigError(
+                f"context has shape {tuple(context.shape)}; context_width={c.context_width} "
+                f"needs (B, M, {c.context_width})"
+            )
+        inputs = bias, self.vision_norm(context), cross_attention_bias(context_mask)
+        return self._run(x, inputs, versions, train)
+
+    def _run(
+        self,
+        x: jax.Array,
+        inputs: tuple[jax.Array | None, ...],
+        versions: Versions | None,
+        train: bool,
+    ) -> jax.Array:
         """Runs all layers, which get the same masks and context."""
         c = self.config
 
         def call(mdl: LayerGroup, x: jax.Array, group: jax.Array, _: None) -> jax.Array:
             """Runs a group with its share of the rates."""
             rates = drop_path_rates(c, group, mdl.size) if train and c.drop_path_rate else None
-            return mdl(x, *inputs, drop_path=rates, train=train)
+            return mdl(x, *inputs, versions=versions, drop_path=rates, train=train)
 
         if c.num_groups:
             x, _ = scan_blocks(

@@ -153,6 +153,10 @@ def _bridge_inputs(config: Any) -> Inputs:
     return {"context": context, **({"ids": _ids()} if config.text else {})}
 
 
+def _bridge_pretraining_inputs(config: Any) -> Inputs:
+    return {"video": _video(config.encoder), "ids": _ids()}
+
+
 def _chat_inputs(config: Any) -> Inputs:
     if config.encoder is None:
         shape = (1, 1, 4, config.bridge.context_width)
@@ -261,6 +265,14 @@ KINDS: dict[str, Kind] = {
             "Bridge",
             _bridge_inputs,
             "Q-Former between video encoder and language model",
+        ),
+        (
+            "bridge_pretraining",
+            "bridge_pretraining",
+            "BridgePretrainingConfig",
+            "BridgePretraining",
+            _bridge_pretraining_inputs,
+            "video encoder, Q-Former and the heads of its pretraining",
         ),
         (
             "chat",

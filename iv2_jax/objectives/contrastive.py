@@ -98,13 +98,15 @@ def similarity(
     if a.ndim == b.ndim == 3:
         raise ValueError(f"only one side may have frames, got shapes {a.shape} and {b.shape}")
     a, b = (unit_length(x.astype(jnp.float32)) for x in (a, b))
+    if frames == "mean":  # of products with one vector is the product with the mean
+        a, b = (x.mean(axis=1) if x.ndim == 3 else x for x in (a, b))
     if a.ndim == 3:
         scores = jnp.einsum("mlc,nc->mnl", a, b)
     elif b.ndim == 3:
         scores = jnp.einsum("mc,nlc->mnl", a, b)
     else:
         return a @ b.T / temperature
-    return (scores.mean(axis=-1) if frames == "mean" else scores.max(axis=-1)) / temperature
+    return scores.max(axis=-1) / temperature
 
 
 def soft_targets(ids: jax.Array, other_ids: jax.Array, valid: jax.Array | None = None) -> jax.Array:

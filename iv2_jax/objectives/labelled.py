@@ -45,6 +45,7 @@ def labelled_loss(
     *,
     capacity: int,
     extra: Any = None,
+    smoothing: float = 0.0,
 ) -> Labelled:
     """Weighted cross entropy of the labelled places of a batch.
 
@@ -61,6 +62,7 @@ def labelled_loss(
         weights: float32 `(B,)`, of each row's places; no gradient flows to them.
         capacity: places of the whole batch whose logits are in memory at once.
         extra: further arrays for `logits_fn`, such as a key; no gradient flows to them.
+        smoothing: share of the target that all ids of the vocabulary have equally.
 
     Returns:
         `Labelled`. A label outside the vocabulary gives NaN.
@@ -76,6 +78,7 @@ def labelled_loss(
     loss, hits = _loss_of(
         logits_fn,
         min(-(-capacity // shards), width),
+        smoothing,
         parameters,
         hidden.reshape(shards, width, hidden.shape[-1]),
         labels.reshape(shards, width),
@@ -85,10 +88,11 @@ def labelled_loss(
     return Labelled(loss, hits)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _loss_of(
     logits_fn: LogitsFn,
     capacity: int,
+    smoothing: float,
     parameters: Any,
     hidden: jax.Array,
     labels: jax.Array,
@@ -98,7 +102,7 @@ def _loss_of(
     """The sums, of `(S, P, D)` hidden states in S parts; no gradient is asked for."""
 
     def one_round(sums: Any, at: _Round) -> Any:
-        own = _sums_of(logits_fn, parameters, _take(hidden, at.index), at, extra)
+        own = _sums_of(logits_fn, parameters, _take(hidden, at.index), at, extra, smoothing)
         return jax.tree.map(jnp.add, sums, own)
 
     return _rounds(one_round, (jnp.float32(0), jnp.float32(0)), capacity, labels, weights)
@@ -107,6 +111,7 @@ def _loss_of(
 def _with_gradients(
     logits_fn: LogitsFn,
     capacity: int,
+    smoothing: float,
     parameters: Any,
     hidden: Any,
     labels: Any,
@@ -123,7 +128,7 @@ def _with_gradients(
     def loss(wanted: list[jax.Array], picked: jax.Array, at: _Round) -> tuple[Any, Any]:
         given = iter(wanted)
         merged = [next(given) if on else v for v, on in zip(values, asked, strict=True)]
-        own = _sums_of(logits_fn, jax.tree.unflatten(tree, merged), picked, at, extra)
+        own = _sums_of(logits_fn, jax.tree.unflatten(tree, merged), picked, at, extra, smoothing)
         return own[0], own
 
     def one_round(carry: Any, at: _Round) -> Any:
@@ -143,9 +148,11 @@ def _with_gradients(
     return sums, (jax.tree.unflatten(tree, of_parameters), of_rows)
 
 
-def _scale_gradients(logits_fn: LogitsFn, capacity: int, kept: Any, gradients: Any) -> Any:
+def _scale_gradients(
+    logits_fn: LogitsFn, capacity: int, smoothing: float, kept: Any, gradients: Any
+) -> Any:
     """The gradients times that of the loss."""
-    del logits_fn, capacity
+    del logits_fn, capacity, smoothing
     of_loss = gradients[0]
     if isinstance(of_loss, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None, None
@@ -207,7 +214,12 @@ def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _sums_of(
-    logits_fn: LogitsFn, parameters: Any, picked: jax.Array, at: _Round, extra: Any
+    logits_fn: LogitsFn,
+    parameters: Any,
+    picked: jax.Array,
+    at: _Round,
+    extra: Any,
+    smoothing: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sums of losses and hits of a round's places `(S, K, D)`."""
     logits = logits_fn(parameters, picked, at.number, extra).astype(jnp.float32)
@@ -215,6 +227,9 @@ def _sums_of(
     index = jnp.where(wanted, at.labels, 0)[..., None]
     # An id outside the vocabulary gives NaN, never another token's score.
     scores = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-    losses = jnp.where(wanted, jax.nn.logsumexp(logits, axis=-1) - scores, 0.0)
+    target = scores
+    if smoothing:
+        target = (1 - smoothing) * scores + smoothing * jnp.mean(logits, axis=-1)
+    losses = jnp.where(wanted, jax.nn.logsumexp(logits, axis=-1) - target, 0.0)
     hits = wanted & (jnp.argmax(logits, axis=-1) == at.labels)
     return jnp.sum(at.weights * losses), jnp.sum(at.weights * hits)

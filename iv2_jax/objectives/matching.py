@@ -93,6 +93,7 @@ def mine_negatives(
     group_size: int = 0,
     hard: bool = True,
     frames: str = "mean",
+    floor: float = 0.0,
 ) -> Negatives:
     """Draws a wrong partner for each row from the columns of its group.
 
@@ -107,6 +108,8 @@ def mine_negatives(
         group_size: rows of a group, 64 for the original; 0 for the whole batch.
         hard: draw the likelier the more alike; False for `uniform_weights`.
         frames: see `contrastive.similarity`.
+        floor: added to every partner's share of the softmax, which then has the true pair in it,
+            too: 1e-4 in the Q-Former's pretraining (spec stage3 8.3). 0 leaves the true pair out.
 
     Returns:
         `Negatives`, the same on any number of devices.
@@ -124,9 +127,10 @@ def mine_negatives(
     allowed = (ids[:, :, None] != ids[:, None, :]) & valid[:, :, None] & valid[:, None, :]
     if hard:
         scores = jax.vmap(lambda a, b: similarity(a, b, temperature, frames))(rows, columns)
-        # Out before the softmax already: at a low temperature the true pair would take it all.
-        scores = jnp.where(allowed, scores, -jnp.inf)
-        weights = jnp.where(allowed, jax.vmap(negative_weights)(scores, ids), 0.0)
+        # Out before the softmax already: at a low temperature the true pair would take it all,
+        # unless a floor leaves something to the others.
+        scores = jnp.where(valid[:, None, :] if floor else allowed, scores, -jnp.inf)
+        weights = jnp.where(allowed, jax.vmap(negative_weights)(scores, ids) + floor, 0.0)
     else:
         weights = allowed.astype(jnp.float32)
     index = jax.random.categorical(rng, jnp.log(weights), axis=2).astype(jnp.int32)

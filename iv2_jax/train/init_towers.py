@@ -22,11 +22,12 @@ from iv2_jax.interop import chat_towers, tower_recipes
 from iv2_jax.interop.sources import open_source
 from iv2_jax.interop.taking import Taken
 from iv2_jax.models import kinds
+from iv2_jax.models.bridge_pretraining import BridgePretrainingConfig
 from iv2_jax.models.chat import ChatConfig
 
 logger = logging.getLogger(__name__)
 
-Model = tower_recipes.Model | ChatConfig
+Model = tower_recipes.Model | ChatConfig | BridgePretrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,9 @@ class TowerInit:
         tower: "vision", "text" or "audio"; "model" for a whole model of the same kind (going on
             with it, or with other frames); "overlay" for any part of one, such as a released CLIP
             delta or the original's `extra_ckpt_path`. A chat model has "vision", "bridge" (a chat
-            model's or its Q-Former's own file, or BERT's layout), "llm" (also a GGUF file or a
-            llama2.c `.bin`) and "model".
+            model's or its Q-Former's own file or run, or BERT's layout), "llm" (also a GGUF file
+            or a llama2.c `.bin`) and "model"; a Q-Former's pretraining has the first two and
+            "model".
         path: a run of ours, a folder that `iv2 export` wrote, a PyTorch file (`.pt`, `.pth`,
             `.bin`, `.safetensors`, GGUF), a folder of shards, of DeepSpeed or of transformers, or
             `package:NAME/file` in an installed package.
@@ -118,6 +120,8 @@ def _take(init: TowerInit, config: Model) -> Taken:
     """What one init gives."""
     if isinstance(config, ChatConfig):
         return _take_chat(init, config)
+    if isinstance(config, BridgePretrainingConfig):
+        return _take_pretraining(init, config)
     if init.tower in ("llm", "bridge"):
         raise ConfigError(f"init: tower {init.tower!r} is a chat model's, this model has none")
     source = open_source(init.path, wrapper=init.wrapper, ema=init.ema)
@@ -148,6 +152,21 @@ def _take_chat(init: TowerInit, config: ChatConfig) -> Taken:
         )
     source = open_source(init.path, wrapper=init.wrapper, ema=init.ema)
     return recipes[init.tower](source, config)
+
+
+def _take_pretraining(init: TowerInit, config: BridgePretrainingConfig) -> Taken:
+    """What one init gives to a Q-Former's pretraining."""
+    recipes = {
+        "vision": functools.partial(chat_towers.vision, frames=init.frames),
+        "bridge": chat_towers.bridge_to_pretrain,
+        "model": chat_towers.whole_pretraining,
+    }
+    if init.tower not in recipes:
+        raise ConfigError(
+            f"init: a Q-Former's pretraining has no tower {init.tower!r}: choose one of "
+            f"{', '.join(recipes)}"
+        )
+    return recipes[init.tower](open_source(init.path, wrapper=init.wrapper, ema=init.ema), config)
 
 
 def _line(init: TowerInit, taken: Taken) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from iv2_jax.interop.entries import Entry, Rule, build_entries
+from iv2_jax.interop.entries import Entry, Rule, build_entries, with_copies
 from iv2_jax.interop.torch_keys import llm as llm_keys
 from iv2_jax.interop.torch_keys.rules import dense_rules, norm_rules
 from iv2_jax.interop.torch_keys.text import (
@@ -19,6 +19,7 @@ from iv2_jax.interop.torch_keys.video import encoder_map
 
 if TYPE_CHECKING:
     from iv2_jax.models.bridge import BridgeConfig
+    from iv2_jax.models.bridge_pretraining import BridgePretrainingConfig
     from iv2_jax.models.chat import ChatConfig
 
 IGNORABLE: dict[str, str] = llm_keys.IGNORABLE | {
@@ -134,6 +135,40 @@ def bridge_map(
     if config.project_down:
         rules += dense_rules("project_down", "project_down", "W", "D")
     return entries + build_entries(rules, sizes, 0, path_prefix, key_prefix)
+
+
+def bridge_pretraining_map(config: BridgePretrainingConfig) -> list[Entry]:
+    """Lists the entries of a Q-Former's pretraining, under the original's names (spec stage3 8.3).
+
+    Args:
+        config: the model's config.
+
+    Returns:
+        Entries of the encoder, the bridge without its projections, and the heads.
+    """
+    encoder = encoder_map(config.encoder, path_prefix="encoder/", key_prefix="vision_encoder.")
+    entries = [_bare_layer_scale(entry) for entry in encoder]
+    bridge = bridge_map(config.bridge, path_prefix="bridge/")
+    entries += [entry for entry in bridge if not entry.path.startswith("bridge/project_")]
+    head = "qformer.cls.predictions"
+    rules = [
+        ("temp", "temp", ""),
+        *dense_rules("vision_proj", "vision_proj", "D", "J"),
+        *dense_rules("text_proj", "text_proj", "D", "J"),
+        *dense_rules("match_head", "itm_head", "P", "C"),
+        ("lm_head/bias", f"{head}.bias", "V"),
+        *dense_rules("lm_head/fc", f"{head}.transform.dense", "D", "D'"),
+        *norm_rules("lm_head/norm", f"{head}.transform.LayerNorm"),
+    ]
+    width = config.bridge.width
+    sizes = _bridge_sizes(config.bridge)
+    sizes |= {"J": config.joint_width, "P": 2 * width, "C": 2}
+    entries += build_entries(rules, sizes, 0)
+    tied = {
+        "bridge/embeddings/word": [f"{head}.decoder.weight"],
+        "lm_head/bias": [f"{head}.decoder.bias"],
+    }
+    return with_copies(entries, tied)
 
 
 def _layer_entries(

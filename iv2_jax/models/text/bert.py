@@ -7,6 +7,7 @@ hidden state of the first token after the text layers.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,10 +115,11 @@ class MaskedLMHead(nn.Module):
     """Linear, exact GELU, norm, and the word table as output matrix.
 
     Attributes:
-        config: shape and options of the model.
+        config: of the model: its `width`, `vocab_size`, `epsilon` and `precision` (the Q-Former's
+            pretraining has this head, too).
     """
 
-    config: BertConfig
+    config: Any
 
     @nn.compact
     def __call__(self, hidden: jax.Array, word: jax.Array) -> jax.Array:

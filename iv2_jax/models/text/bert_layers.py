@@ -378,7 +378,8 @@ class Layer(nn.Module):
             return self.mlp(x, **common)
         queries, text = x[:, :num_queries], x[:, num_queries:]
         if self.cross_attention:
-            queries = self.cross_attn(queries, context, bias=context_bias, **common)
+            read = {"bias": context_bias, "versions": versions}
+            queries = self.cross_attn(queries, context, **read, **common)
         queries = self.mlp_query(queries, **common)
         if not self.text_mlp:
             return queries
