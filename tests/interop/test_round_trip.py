@@ -15,7 +15,9 @@ from tests.interop.family_cases import equal, exported_names, random_params, tin
 
 def test_every_kind_has_a_family_and_a_tiny_model():
     assert set(families.FAMILIES) == set(kinds.KINDS)
-    assert {zoo.family(name) for name in tiny_names()} == set(kinds.KINDS)
+    # A model that exists in training alone; `tests/train/test_bridge_stage.py` has a tiny one.
+    unnamed = {"bridge_pretraining"}
+    assert {zoo.family(name) for name in tiny_names()} == set(kinds.KINDS) - unnamed
 
 
 def test_every_model_of_the_zoo_is_of_a_kind():
