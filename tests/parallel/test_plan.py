@@ -40,6 +40,7 @@ def test_a_small_plan_is_no_worse_than_committed(plan):
     assert not plan_baseline.worse(now, BASELINE["tiny"]["figures"])
 
 
+@pytest.mark.pod
 @pytest.mark.slow
 @pytest.mark.tpu
 @pytest.mark.parametrize("name", [name for name in BASELINE if name != "tiny"])
