@@ -280,7 +280,8 @@ def leaving_on_error(name: str) -> Iterator[None]:
             sys.stderr.write(f"{name}: {error}\n")
             leave(2)
         sys.excepthook(type(error), error, error.__traceback__)
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        # A collective that fails as it is started comes as a ValueError.
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
             sys.stderr.write(f"{name}: was another process lost? waiting for word of it\n")
             time.sleep(_seconds(HEARTBEAT_VARIABLE, 100) + 10)
         leave(130 if isinstance(error, KeyboardInterrupt) else 1)
