@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from iv2_jax.eval.answers_batches import Prepared, Reader, Unread
 from iv2_jax.eval.answers_pixels import ClipViews
 from iv2_jax.eval.answers_prompts import AnswerPrompt, Question, Writer, get_prompt, stop_ids
 from iv2_jax.eval.answers_stats import PairedResult, paired, swapped
+from iv2_jax.eval.chat_runs import ChatModel
 from iv2_jax.models import kinds
 from iv2_jax.models.chat import Chat, generate_answers
 from iv2_jax.models.decoding import GenerationConfig
@@ -108,6 +109,15 @@ class Reply:
     reason: str = ""
 
 
+class AskOptions(Protocol):
+    """What the options of every task on questions have in common; see `Asker`."""
+
+    batch_size: int
+    protocol: str
+    statistics: str
+    threads: int
+
+
 class Asker:
     """A chat model that questions can be put to, on one or several devices of one host."""
 
@@ -162,6 +172,25 @@ class Asker:
         self.prompt = get_prompt(prompt) if isinstance(prompt, str) else prompt
         self._bridge, self._size = bridge, -(-batch_size // shards) * shards
         self._views = ClipViews(talk, protocol=protocol)
+
+    @classmethod
+    def of(
+        cls, chat: ChatModel, options: AskOptions, *, prompt: str, mesh: Mesh | None = None
+    ) -> Asker:
+        """An asker of an opened chat model; errors as there."""
+        return cls(
+            chat.model,
+            chat.params,
+            chat.talk,
+            prompt=prompt,
+            builder=chat.builder,
+            bridge=chat.bridge,
+            batch_size=options.batch_size,
+            protocol=options.protocol,
+            statistics=options.statistics,
+            threads=options.threads,
+            mesh=mesh,
+        )
 
     def _reader(self, new_tokens: int = 0) -> Reader:
         """Reads clips and writes questions; prompts leave room for so many tokens."""

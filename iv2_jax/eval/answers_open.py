@@ -140,19 +140,7 @@ def evaluate_answers(
     with KeptAnswers(answers, settings) as kept:
         left = [question for question in questions if kept.known(question) is None]
         if left:
-            asker = Asker(
-                chat.model,
-                chat.params,
-                chat.talk,
-                prompt="open",
-                builder=chat.builder,
-                bridge=chat.bridge,
-                batch_size=options.batch_size,
-                protocol=options.protocol,
-                statistics=options.statistics,
-                threads=options.threads,
-                mesh=mesh,
-            )
+            asker = Asker.of(chat, options, prompt="open", mesh=mesh)
             replies = asker.answer(left, GenerationConfig(max_new_tokens=options.max_new_tokens))
             for at, reply in tqdm(replies, total=len(left), desc="questions", disable=None):
                 values = {"reply": reply.text, "ended": reply.ended}

@@ -224,19 +224,7 @@ def evaluate_choices(
         if len(left) < len(questions):
             logger.info("%d answers of %s are kept", len(questions) - len(left), answers)
         if left:
-            asker = Asker(
-                chat.model,
-                chat.params,
-                chat.talk,
-                prompt=options.prompt,
-                builder=chat.builder,
-                bridge=chat.bridge,
-                batch_size=options.batch_size,
-                protocol=options.protocol,
-                statistics=options.statistics,
-                threads=options.threads,
-                mesh=mesh,
-            )
+            asker = Asker.of(chat, options, prompt=options.prompt, mesh=mesh)
             _ask(asker, left, options, kept)
         records = [_judged(q, kept.found[q.id], options) for q in questions]
     for name, reason in {r["id"]: r["reason"] for r in records if r.get("reason")}.items():

@@ -35,7 +35,6 @@ from iv2_jax.train.align_terms import named_rng
 from iv2_jax.train.pairs import PairConfig, PairStage, RetrievalConfig
 from iv2_jax.train.stage import Batch, Metrics
 
-_MEDIA = ("image", "video")
 TERMS = ("vtc", "vtm", "cap")
 
 
@@ -105,19 +104,8 @@ class BridgeTrainConfig(PairConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         model, loss = self.bridge_pretraining, self.loss
-        if self.data.mode != "alternate":
-            raise ConfigError(
-                f"data.mode {self.data.mode!r}: images and videos alternate in this stage"
-            )
-        self.check_views(model.encoder)
-        for name, data in self._loaded().items():
-            if data.media not in _MEDIA:
-                raise ConfigError(f"{name}.media {data.media!r}: this stage takes image and video")
-            if loss.caption not in data.text.captions:
-                raise ConfigError(
-                    f"loss.caption {loss.caption!r} is not in {name}.text.captions "
-                    f"{list(data.text.captions)}"
-                )
+        self.check_pictures(model.encoder, loss.caption)
+        for name, data in self.loaded().items():
             if data.text.max_length > model.bridge.max_length:
                 raise ConfigError(
                     f"{name}.text.max_length={data.text.max_length} is more than "
@@ -132,11 +120,6 @@ class BridgeTrainConfig(PairConfig):
             )
         if self.retrieval.enabled:
             raise ConfigError("retrieval.enabled: there is none in this stage, set it to False")
-
-    def _loaded(self) -> dict[str, Any]:
-        """Data configs by the name of their field."""
-        named = {f"data.media.{name}": data for name, data in self.data.media.items()}
-        return named | ({"eval_data": self.eval_data} if self.eval_data is not None else {})
 
     @property
     def model(self) -> BridgePretrainingConfig:

@@ -29,8 +29,6 @@ from iv2_jax.objectives import contrastive
 from iv2_jax.train.pairs import PairConfig, PairStage
 from iv2_jax.train.stage import Batch, Metrics
 
-_MEDIA = ("image", "video")
-
 
 @dataclass(frozen=True)
 class ClipLossConfig:
@@ -74,28 +72,11 @@ class ClipTrainConfig(PairConfig):
         super().__post_init__()
         if (self.clip is None) == (self.clip_small is None):
             raise ConfigError("give one of clip (1B, 6B) and clip_small (S, B, L)")
-        if self.data.mode != "alternate":
-            raise ConfigError(
-                f"data.mode {self.data.mode!r}: images and videos alternate in CLIP training"
-            )
-        self.check_views(self.model.vision)
-        for name, data in self._loaded().items():
-            if data.media not in _MEDIA:
-                raise ConfigError(f"{name}.media {data.media!r}: CLIP models take image and video")
-            if self.loss.caption not in data.text.captions:
-                raise ConfigError(
-                    f"loss.caption {self.loss.caption!r} is not in {name}.text.captions "
-                    f"{list(data.text.captions)}"
-                )
+        self.check_pictures(self.model.vision, self.loss.caption)
         if "image" in self.data.media and self.model.vision.image_positions == "none":
             raise ConfigError("data.media.image needs vision.image_positions='shared'")
         if self.retrieval.rerank_top:
             raise ConfigError("retrieval.rerank_top: a CLIP model has no matching head, set 0")
-
-    def _loaded(self) -> dict[str, Any]:
-        """Data configs by the name of their field."""
-        named = {f"data.media.{name}": data for name, data in self.data.media.items()}
-        return named | ({"eval_data": self.eval_data} if self.eval_data is not None else {})
 
     @property
     def model(self) -> ClipConfig | SmallClipConfig:

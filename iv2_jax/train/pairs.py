@@ -80,6 +80,31 @@ class PairConfig(RunConfig):
         if self.eval_data is not None:
             _check_view("eval_data", self.eval_data, self.eval_data.media, encoder)
 
+    def loaded(self) -> dict[str, DataConfig]:
+        """Data configs by the name of their field."""
+        named = {f"data.media.{name}": data for name, data in self.data.media.items()}
+        return named | ({"eval_data": self.eval_data} if self.eval_data is not None else {})
+
+    def check_pictures(self, encoder: EncoderConfig, caption: str) -> None:
+        """`check_views` for stages of images and videos, in turns, with one caption.
+
+        Raises:
+          ConfigError: Names the field.
+        """
+        if self.data.mode != "alternate":
+            raise ConfigError(
+                f"data.mode {self.data.mode!r}: images and videos alternate in this stage"
+            )
+        self.check_views(encoder)
+        for name, data in self.loaded().items():
+            if data.media not in ("image", "video"):
+                raise ConfigError(f"{name}.media {data.media!r}: this stage takes image and video")
+            if caption not in data.text.captions:
+                raise ConfigError(
+                    f"loss.caption {caption!r} is not in {name}.text.captions "
+                    f"{list(data.text.captions)}"
+                )
+
 
 def _check_view(where: str, data: DataConfig, media: str, encoder: EncoderConfig) -> None:
     """Pictures are of the encoder's size and number, and there are captions."""
