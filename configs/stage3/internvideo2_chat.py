@@ -12,7 +12,8 @@ its own, without a language model: `bridge_pretraining.py`, whose run `caption` 
 Q-Former, all of it ours: captions through the frozen language model. Ours, as nobody told, are also
 the number of samples of `hd16`, InternLM's `hd8`, and its template for captions. Every answer is
 learnt, not one a visit as released (`--config.talk.sequence.compat=released_tuning`). Nothing is
-mirrored (trap 21). The mesh is for 64 chips. None of this has been run on hardware.
+mirrored (trap 21). The mesh is for 64 chips with memory enough to keep matrix products for the
+backward pass (v5p); on smaller ones set `remat=full` of encoder, bridge and llm.decoder. None of this has been run on hardware.
 """
 
 from ml_collections import ConfigDict
@@ -45,12 +46,12 @@ def _model(stage: str, internlm: bool, frames: int) -> dict:
     )
     model["encoder"] |= {
         "num_frames": frames,
-        "remat": "full",
+        "remat": "dots",
         "precision": {"compute_dtype": "bfloat16"},
     }
-    model["bridge"] |= {"remat": "full", "precision": {"compute_dtype": "bfloat16"}}
+    model["bridge"] |= {"remat": "dots", "precision": {"compute_dtype": "bfloat16"}}
     model["llm"]["decoder"] |= {
-        "remat": "full",
+        "remat": "dots",
         "precision": {"param_dtype": "bfloat16", "compute_dtype": "bfloat16"},
     }
     if stage in ("bridge", "caption"):

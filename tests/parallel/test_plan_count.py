@@ -32,6 +32,15 @@ def _strided(x, kernel):
     return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=names)
 
 
+def _ended_by_data(x, w):
+    """At most five products; and a condition whose only constant bounds no counter."""
+
+    def more(carry):
+        return (carry[0] * 1024 < jnp.argmax(w[0, 0]) * 7) & (carry[0] < 5)
+
+    return jax.lax.while_loop(more, lambda c: (c[0] + 1, jnp.tanh(c[1] @ w[0])), (0, x))[1]
+
+
 SQUARE, STACK = (N, N), (7, N, N)
 # SAME with stride 2 pads one row and column at the end: 8 x 3 - 1 pairs along each.
 CONVOLUTION = 2 * 2 * 4 * 8 * 23**2
@@ -44,9 +53,10 @@ CONVOLUTION = 2 * 2 * 4 * 8 * 23**2
         (_stack, (SQUARE, STACK), 7 * PRODUCT),
         (_nested, (SQUARE, STACK), 35 * PRODUCT),
         (_gradient_with_remat, (SQUARE, STACK), 4 * 7 * PRODUCT),  # forward twice, backward
+        (_ended_by_data, (SQUARE, STACK), 5 * PRODUCT),
         (_strided, ((2, 16, 16, 4), (3, 3, 4, 8)), CONVOLUTION),
     ],
-    ids=["product", "scan", "nested_scans", "remat", "convolution"],
+    ids=["product", "scan", "nested_scans", "remat", "ended_by_data", "convolution"],
 )
 def test_flops_of_compiled_and_traced(function, shapes, expected):
     trace = jax.jit(function).trace(*(jnp.ones(shape) for shape in shapes))

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -280,22 +279,50 @@ def _ints(text: str) -> list[int]:
 
 
 def trip_count(program: Program, loop: Instruction) -> int | None:
-    """Turns of a `while`: as the compiler knows it, else the constant its condition compares with.
+    """Turns of a `while`: as the compiler knows it, else the constant that a counter stays below.
+
+    A scan and a fori_loop become `while i < n`, from 0 by 1. Where there are further conditions,
+    data may end the loop before its n-th turn: n is the most it takes.
 
     Returns:
       None when neither tells.
     """
     if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(found.group(1))
-    condition = program.computations[loop.called["condition"]]
-    reached = itertools.chain(
-        condition.values(),
-        *(program.computations[c].values() for i in condition.values() for c in i.called.values()),
-    )
-    # `while i < n` from 0 by 1 is what a scan and a fori_loop become.
-    constants = {
-        int(i.literal)
-        for i in reached
-        if i.opcode == "constant" and i.shapes[0].dtype in ("s32", "u32", "s64")
-    }
-    return constants.pop() if len(constants) == 1 else None
+    return min(_bounds(program, loop.called["condition"], ()), default=None)
+
+
+def _bounds(program: Program, name: str, given: Sequence[Instruction | None]) -> Iterator[int]:
+    """Constants that a computation asks a carried number to be below.
+
+    Args:
+      program: All computations.
+      name: Of the computation.
+      given: What its parameters are, if it is called by another.
+    """
+    scope = program.computations[name]
+
+    def source(operand: str) -> Instruction | None:
+        """What makes an operand, behind copies and the caller's arguments."""
+        found = scope.get(operand)
+        while found is not None and found.opcode in ("copy", "bitcast"):
+            found = scope.get(found.operands[0])
+        if found is not None and found.opcode == "parameter" and given:
+            return given[int(found.literal)]
+        return found
+
+    for instruction in scope.values():
+        operands = [source(operand) for operand in instruction.operands]
+        if instruction.opcode == "compare":
+            operands = operands[:: -1 if "direction=GT" in instruction.attributes else 1]
+            below, limit = operands
+            if (
+                re.search("direction=[LG]T", instruction.attributes)
+                and below is not None
+                and below.opcode in ("get-tuple-element", "parameter")
+                and limit is not None
+                and limit.opcode == "constant"
+            ):
+                yield int(limit.literal)
+        for called in instruction.called.values():
+            yield from _bounds(program, called, operands)

@@ -62,8 +62,9 @@ def _walk(jaxpr: core.Jaxpr, times: float, total: TracedFlops, kernel: str | Non
         elif name == "scan":
             _walk(_open(equation.params["jaxpr"]), times * equation.params["length"], total, kernel)
         elif name == "while":
-            total.open_loops += 1
-            _walk(_open(equation.params["body_jaxpr"]), times, total, kernel)
+            turns = _most_turns(equation)
+            total.open_loops += turns is None
+            _walk(_open(equation.params["body_jaxpr"]), times * (turns or 1), total, kernel)
         elif name == "cond":
             branches = [_flops_of(b) for b in equation.params["branches"]]
             heaviest = max(range(len(branches)), key=branches.__getitem__)
@@ -77,6 +78,19 @@ def _walk(jaxpr: core.Jaxpr, times: float, total: TracedFlops, kernel: str | Non
         else:
             for inner in _jaxprs(equation.params):
                 _walk(inner, times, total, kernel)
+
+
+def _most_turns(loop: Any) -> int | None:
+    """The smallest constant that the condition of a `while` wants a carried number below."""
+    condition = _open(loop.params["cond_jaxpr"])
+    limits = [
+        int(equation.invars[1].val)
+        for equation in condition.eqns
+        if equation.primitive.name == "lt"
+        and equation.invars[0] in condition.invars
+        and isinstance(equation.invars[1], core.Literal)
+    ]
+    return min(limits, default=None)
 
 
 def _flops_of(jaxpr: Any) -> float:
