@@ -13,7 +13,7 @@ Q-Former, all of it ours: captions through the frozen language model. Ours, as n
 the number of samples of `hd16`, InternLM's `hd8`, and its template for captions. Every answer is
 learnt, not one a visit as released (`--config.talk.sequence.compat=released_tuning`). Nothing is
 mirrored (trap 21). The mesh is for 64 chips with memory enough to keep matrix products for the
-backward pass (v5p); on smaller ones set `remat=full` of encoder, bridge and llm.decoder. None of this has been run on hardware.
+backward pass (v5p); on smaller ones set `remat=full` of encoder and llm.decoder. None of this has been run on hardware.
 """
 
 from ml_collections import ConfigDict
@@ -49,7 +49,8 @@ def _model(stage: str, internlm: bool, frames: int) -> dict:
         "remat": "dots",
         "precision": {"compute_dtype": "bfloat16"},
     }
-    model["bridge"] |= {"remat": "dots", "precision": {"compute_dtype": "bfloat16"}}
+    # "dots" here ends libtpu 0.0.42 in a segmentation fault.
+    model["bridge"] |= {"remat": "full", "precision": {"compute_dtype": "bfloat16"}}
     model["llm"]["decoder"] |= {
         "remat": "dots",
         "precision": {"param_dtype": "bfloat16", "compute_dtype": "bfloat16"},

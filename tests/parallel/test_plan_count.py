@@ -202,6 +202,27 @@ def test_what_only_the_tpu_compiler_writes():
     assert counted.bytes == product + 3 * 8 * 16 * 4  # the scattered result stays on the chip
 
 
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("jit(step)/jvp(Net)/while/body/blocks/mlp/up/dot_general",
+         "dot_general of blocks/mlp/up, forward"),
+        ("jit(step)/transpose(jvp(Net))/while/body/checkpoint/rematted_computation/mlp/mul",
+         "mul of mlp, again"),
+        ("jit(step)/transpose(jvp(Net))/blocks/mlp/dot_general",
+         "dot_general of blocks/mlp, backward"),
+        ("jit(step)/add", "add of the step, forward"),
+    ],
+)  # fmt: skip
+def test_where_an_operation_comes_from(name, source):
+    line = (
+        f"ENTRY %m (a: f32[4]) -> f32[4] {{\n  %a = f32[4]{{0}} parameter(0)\n"
+        f'  ROOT %n = f32[4]{{0}} negate(%a), metadata={{op_name="{name}"}}\n}}\n'
+    )
+    (operation,) = count.count(line, 1).operations
+    assert operation.source == source
+
+
 def test_a_kernel_counts_by_its_blocks_on_every_device():
     from jax.experimental import pallas as pl
 

@@ -265,6 +265,31 @@ def test_reports_hold_the_figures():
     )
 
 
+def test_a_page_of_a_recipe():
+    plan = _plan()
+    values = json.loads(json.dumps(plan.to_dict()))
+    page_of_it = report.markdown(values, report.text(plan), "iv2 plan --config c.py")
+    assert "| HBM of a device | 43.8 % of 16" in page_of_it
+    assert report.text(plan) in page_of_it
+    assert "iv2 plan --config c.py" in page_of_it
+
+
+def test_the_heaviest_operations_add_up():
+    """Two lines of the step, one of them in two places."""
+    device = hardware.device("v5e")
+    run = {"flops": 0.0, "bytes": device.hbm_bandwidth, "cycles": 0, "overlapped": False}
+    operations = [
+        Operation(times=2, source="dot of mlp, forward", **run),
+        Operation(times=3, source="add of the step, forward", **run),
+        Operation(times=4, source="dot of mlp, forward", **run),
+    ]
+    found = estimate_lib._heaviest(Counted(operations), device)
+    assert [(h.source, h.seconds, h.times) for h in found] == [
+        ("dot of mlp, forward", pytest.approx(6.0), 6),
+        ("add of the step, forward", pytest.approx(3.0), 3),
+    ]
+
+
 def test_the_frontier_holds_what_nothing_beats():
     def trial(policy, clips, temporaries):
         return search.Trial(clips, 16, policy, _plan(clips, temporaries))
@@ -291,7 +316,9 @@ def test_a_search_skips_what_cannot_fit(monkeypatch):
         return _plan(512, 33 * 2**30, "Ran out") if failed else _plan(512)
 
     monkeypatch.setattr(search, "make_plan", make_plan)
-    found = search.search(toy.config(), TOPOLOGY, batches=[4, 8], fsdp=[1, 2, 3])
+    found = search.search(
+        toy.config(), TOPOLOGY, batches=[4, 8], fsdp=[1, 2, 3], remat=["none", "dots", "full"]
+    )
     assert tried == [(4, 1)] * 3 + [(4, 2)] * 3 + [(8, 1)] + [(8, 2)] * 3
     problems = {t.problem for t in found}
     assert "mesh.fsdp 3 does not divide 512 devices" in problems

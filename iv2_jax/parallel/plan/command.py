@@ -24,9 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=_ints, help="with --search: global batches, 1024,2048")
     parser.add_argument("--fsdp", type=_ints, help="with --search: sizes of mesh.fsdp, 16,64")
     parser.add_argument("--remat", type=_names, help="with --search: of none,dots,full")
+    parser.add_argument(
+        "--operations", type=int, default=0, metavar="N", help="print the N heaviest operations"
+    )
     parser.add_argument("--sharding", action="store_true", help="print every parameter's sharding")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--html", metavar="FILE", help="write a page with charts there")
+    parser.add_argument("--markdown", metavar="FILE", help="write the report as a page there")
     parser.add_argument("--hlo", metavar="FOLDER", help="write the compiled programs' text there")
     parser.epilog = """\
 compiles the real training step for TPUs that are only described; needs pip install 'iv2_jax[tpu]',

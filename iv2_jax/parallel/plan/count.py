@@ -37,6 +37,19 @@ _FREE = {
 _SLICING = {"dynamic-slice", "slice", "gather"}
 # How a slice's program hands something to the other slices.
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
+_OP_NAME = re.compile(r'op_name="([^"]+)"')
+# Parts of an instruction's name that say how it was traced, not which module it belongs to.
+_WRAPPERS = frozenset(
+    (
+        "while",
+        "body",
+        "closed_call",
+        "checkpoint",
+        "rematted_computation",
+        "cond",
+        "custom_vjp_call",
+    )
+)
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 
 
@@ -80,6 +93,7 @@ class Operation:
       bytes: To and from HBM.
       cycles: What the TPU's compiler expects; 0 where it says nothing.
       overlapped: A copy that runs beside others.
+      source: The line of the traced step it comes from, else its opcode.
     """
 
     times: float
@@ -87,6 +101,7 @@ class Operation:
     bytes: float
     cycles: int
     overlapped: bool
+    source: str = ""
 
 
 @dataclass
@@ -193,6 +208,7 @@ class _Counter:
             bytes=self.moved(instruction, scope),
             cycles=int(cycles.group(1)) if cycles else 0,
             overlapped=opcode.endswith("-start"),
+            source=_source(instruction),
         )
         if operation.flops or operation.bytes or operation.cycles:
             self.total.operations.append(operation)
@@ -363,6 +379,19 @@ def _traffic(kind: str, given: float, size: int) -> tuple[float, float]:
     if kind in ("collective-permute", "collective-broadcast"):
         return given, given
     return given, given * share
+
+
+def _source(instruction: Instruction) -> str:
+    """`dot_general of .../blocks/mlp/up`: modules without the transformations around them."""
+    found = _OP_NAME.search(instruction.attributes)
+    if not found:
+        return instruction.opcode
+    *modules, operation = found.group(1).split("/")
+    backward = any(part.startswith("transpose(") for part in modules)
+    again = "rematted_computation" in modules
+    names = [part for part in modules if "(" not in part and part not in _WRAPPERS]
+    phase = "again" if again else "backward" if backward else "forward"
+    return f"{operation} of {'/'.join(names[-4:]) or 'the step'}, {phase}"
 
 
 def _kernel_name(instruction: Instruction) -> str:

@@ -54,6 +54,25 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Heavy:
+    """All operations of one device that come from the same line of the traced step.
+
+    Attributes:
+      source: The line.
+      seconds: Their part of the compiled bound.
+      times: Runs in a step.
+      flops: Of all runs.
+      bytes: To and from HBM, of all runs.
+    """
+
+    source: str
+    seconds: float
+    times: float
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Times of one kind's step; FLOPs are of all devices, the rest of one.
 
@@ -68,6 +87,8 @@ class Estimate:
         the memory's rate, kernels at half of the peak; at least the links' times.
       compiler_seconds: The compiler's own cycles of all operations, and kernels as above.
       links: Collectives.
+      heaviest: Operations that take the most of the compiled bound, by where they come from; a
+        kernel written by hand has its bytes' time only.
       notes: What to know about the figures.
     """
 
@@ -80,6 +101,7 @@ class Estimate:
     bound_seconds: float
     compiler_seconds: float
     links: tuple[Link, ...] = ()
+    heaviest: tuple[Heavy, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -118,8 +140,21 @@ def estimate(step: Step, mesh: Mesh, topology: Topology) -> Estimate | None:
         bound_seconds=max(operations + kernel_seconds, hbm, compute, ici, dcn),
         compiler_seconds=max(counted.cycles / device.clock + kernel_seconds, ici, dcn),
         links=links,
+        heaviest=_heaviest(counted, device),
         notes=tuple(_notes(step, counted, devices)),
     )
+
+
+def _heaviest(counted: Counted, device: hardware.Device, most: int = 40) -> tuple[Heavy, ...]:
+    """Operations added up by source, the longest first."""
+    sums: dict[str, list[float]] = {}
+    for o in counted.operations:
+        if not o.overlapped:
+            found = sums.setdefault(o.source, [0.0] * 4)
+            own = (_seconds(o, device), 1.0, o.flops, o.bytes)
+            found[:] = [a + o.times * b for a, b in zip(found, own, strict=True)]
+    longest = sorted(sums.items(), key=lambda item: -item[1][0])[:most]
+    return tuple(Heavy(source, *values) for source, values in longest)
 
 
 def _seconds(operation: Operation, device: hardware.Device) -> float:

@@ -117,6 +117,7 @@ class Plan:
             "compiled_bound": self.bound(step.kind),
             "compiler_bound": self.bound(step.kind, "compiler_seconds"),
             "collectives": [vars(link) | {"axes": list(link.axes)} for link in found.links],
+            "heaviest": [vars(heavy) for heavy in found.heaviest],
             "notes": list(found.notes),
         }
         return values

@@ -1,8 +1,9 @@
-"""A plan as text for a terminal."""
+"""A plan as text: for a terminal, and as a page of documentation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from iv2_jax.parallel import rules
 from iv2_jax.parallel.plan.compile import Step
@@ -45,8 +46,8 @@ def columns(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
     return "\n".join(lines)
 
 
-def text(plan: Plan, *, sharding: bool = False) -> str:
-    """The report; with `sharding` the table of all parameters too."""
+def text(plan: Plan, *, sharding: bool = False, operations: int = 0) -> str:
+    """The report; with `sharding` the table of all parameters, and so many heaviest operations."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     parts = [
@@ -57,6 +58,9 @@ def text(plan: Plan, *, sharding: bool = False) -> str:
     ]
     for step in plan.steps:
         parts += ["", *_step(plan, step)]
+        found = plan.estimates[step.kind]
+        if operations and found is not None:
+            parts += _operations(found, operations)
     if plan.cost:
         cost = plan.cost
         parts += [
@@ -74,6 +78,69 @@ def text(plan: Plan, *, sharding: bool = False) -> str:
     if sharding:
         parts += ["", rules.table([*plan.sharding, *plan.frozen_sharding])]
     return "\n".join(parts)
+
+
+def markdown(values: Mapping[str, Any], report: str, command: str) -> str:
+    """A page about a recipe: what to rent, what to expect, and the whole report.
+
+    Args:
+      values: `Plan.to_dict()`, or a file that `iv2 plan --json` wrote.
+      report: `text` of the same plan.
+      command: What makes the page.
+    """
+    steps = values["steps"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in values["mesh"].items())
+    rows = [
+        ("chips", f"{values['chips']}, `{values['topology']}`"),
+        ("mesh", mesh),
+        ("global batch", ", ".join(sorted({f"{step['clips']}" for step in steps.values()}))),
+        ("HBM of a device", f"{share(values['hbm_share'])} of {gib(values['hbm_capacity'])} GiB"),
+    ]
+    for kind, step in steps.items():
+        if "seconds" in step:
+            named = "" if kind == "step" else f" of {kind}"
+            rows.append((f"step{named}", seconds(step["seconds"]["bound"])))
+            rows.append((f"share of the peak{named}", share(step["compiled_bound"])))
+            more = step["hardware_flops"] / step["model_flops"]
+            rows.append((f"hardware / model FLOPs{named}", f"{more:.2f}"))
+    if cost := values["cost"]:
+        price = f"{cost['chip_hours']:,.0f} chip-hours, {cost['price']:,.0f} {cost['currency']}"
+        rows.append((f"whole run, {si(cost['samples'], 'clips')}", price))
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""# {values["config"]} on {values["topology"]}
+
+Compiled {WORDING}: times are bounds, a real step takes 1.1 to 1.35 times as long. Written by
+
+```
+{command}
+```
+
+| | |
+|---|---|
+{table}
+
+## The plan
+
+```
+{report}
+```
+"""
+
+
+def _operations(found: Estimate, most: int) -> list[str]:
+    """Lines about the operations that take the most of the compiled bound."""
+    head = ("operations by where they come from", "bound", "runs", "FLOP", "HBM")
+    rows = [
+        (
+            heavy.source,
+            share(heavy.seconds / found.bound_seconds),
+            f"{heavy.times:.0f}",
+            si(heavy.flops, ""),
+            si(heavy.bytes, "B"),
+        )
+        for heavy in found.heaviest[:most]
+    ]
+    return [columns([head, *rows])]
 
 
 def _step(plan: Plan, step: Step) -> list[str]:

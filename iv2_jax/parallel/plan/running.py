@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import jax
@@ -28,8 +30,9 @@ def run(args: argparse.Namespace) -> int:
     if args.samples is not None and args.samples <= 0:
         raise ConfigError(f"--samples must be positive, not {args.samples:g}")
     name = " ".join([args.config, *(f"{k}={v}" for k, v in overrides.items())])
-    if args.search and args.hlo:
-        raise ConfigError("--hlo goes with one plan, not with --search")
+    for flag in ("hlo", "markdown"):
+        if args.search and getattr(args, flag):
+            raise ConfigError(f"--{flag} goes with one plan, not with --search")
     if args.search:
         found = search.search(
             config,
@@ -50,8 +53,12 @@ def run(args: argparse.Namespace) -> int:
         plans = [
             make_plan(config, topology, name=name, prices=prices, samples=args.samples, hlo=folder)
         ]
-        print(report.text(plans[0], sharding=args.sharding))
+        said = report.text(plans[0], sharding=args.sharding, operations=args.operations)
+        print(said)
         values = plans[0].to_dict()
+        if args.markdown:
+            command = shlex.join(["iv2", *sys.argv[1:]])
+            _write(args.markdown, report.markdown(values, said, command))
     if args.json:
         _write(args.json, json.dumps(values, indent=1) + "\n")
     if args.html:
