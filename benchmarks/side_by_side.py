@@ -8,7 +8,6 @@ agree, or nothing is reported.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import os
@@ -18,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from iv2_jax.parallel.cpu import keep_freed_pages
 
 QUIET_SHARE = 0.92  # idle share of the CPUs below which a run says that it does not count
 LOSS_LIMIT = 1e-4
@@ -34,10 +35,12 @@ class Variant:
         losses: of every step taken.
         wall: seconds of the timed steps.
         cpu: CPU seconds of the timed steps, over all threads.
+        has_loss: whether what `step` returns is the loss, to be compared.
     """
 
     name: str
     step: Callable[[], float]
+    has_loss: bool = True
     first_seconds: float = 0.0
     losses: list[float] = dataclasses.field(default_factory=list)
     wall: list[float] = dataclasses.field(default_factory=list)
@@ -56,23 +59,6 @@ class Variant:
         self.losses.append(self.step())
         self.wall.append(time.perf_counter() - wall)
         self.cpu.append(time.process_time() - cpu)
-
-
-def keep_freed_pages() -> bool:
-    """Lets glibc keep freed memory, for both sides; returns whether it agreed.
-
-    XLA takes its temporary buffers afresh for every step. They are so large that glibc maps them
-    and gives them back, so each step touches 800 MB of new pages (202,784 faults, 0.38 s of system
-    time, measured on one thread). One heap without mappings keeps them: no fault at all.
-    Must come before any thread starts.
-    """
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # the names' values in malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False  # no glibc
-    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1))
-    return all(mallopt(name, value) == 1 for name, value in settings)
 
 
 def idle_share(seconds: float) -> float:
@@ -101,7 +87,7 @@ def wait_until_quiet(patience: float) -> float:
 def check_losses(variants: list[Variant]) -> None:
     """Stops when the first losses say that the sides do not compute the same."""
     reference = variants[0].losses
-    for variant in variants[1:]:
+    for variant in (v for v in variants[1:] if v.has_loss):
         for index in range(3):
             if not abs(variant.losses[index] - reference[index]) < LOSS_LIMIT:
                 sys.exit(
@@ -112,10 +98,11 @@ def check_losses(variants: list[Variant]) -> None:
 
 def report(variants: list[Variant], ours: Variant, idle: list[float]) -> dict[str, Any]:
     """Prints the table; returns it as plain values."""
-    titles = {"median s": 10, "min": 8, "max": 8, "CPU s": 8, "first s": 9, "ours/it": 9}
+    titles = {"median s": 10, "min": 8, "max": 8, "CPU s": 8, "first s": 9}
+    titles |= {"ours/it": 9, "by CPU": 9}
     print("variant".ljust(26) + "".join(title.rjust(width) for title, width in titles.items()))
     rows = []
-    median = statistics.median(ours.wall)
+    median, cpu = statistics.median(ours.wall), statistics.median(ours.cpu)
     for variant in variants:
         row = {
             "name": variant.name,
@@ -125,16 +112,21 @@ def report(variants: list[Variant], ours: Variant, idle: list[float]) -> dict[st
             "cpu": statistics.median(variant.cpu),
             "first": variant.first_seconds,
             "ratio": median / statistics.median(variant.wall),
+            "cpu_ratio": cpu / statistics.median(variant.cpu),
             "wall": variant.wall,
+            "cpu_times": variant.cpu,
         }
         rows.append(row)
         print(
             f"{row['name']:26}{row['median']:10.3f}{row['min']:8.3f}{row['max']:8.3f}"
             f"{row['cpu']:8.2f}{row['first']:9.1f}{row['ratio']:9.3f}"
+            f"{row['cpu_ratio']:9.3f}"
         )
     quiet = min(idle) >= QUIET_SHARE
-    print(f"idle before {idle[0]:.0%}, after {idle[1]:.0%}{'' if quiet else ': DOES NOT COUNT'}")
-    return {"variants": rows, "idle": idle, "quiet": quiet}
+    load = os.getloadavg()[0]
+    verdict = "" if quiet else ": wall times DO NOT COUNT, believe the CPU times"
+    print(f"load {load:.1f}; idle before {idle[0]:.0%}, after {idle[1]:.0%}{verdict}")
+    return {"variants": rows, "idle": idle, "quiet": quiet, "load": load}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +136,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
-        "--keep-pages", action="store_true", help="let malloc keep freed memory, for both sides"
+        "--plain-malloc",
+        action="store_true",
+        help="leave malloc as it is; else it keeps freed memory, as in `iv2 train`, for both sides",
     )
     parser.add_argument("--only-ours", action="store_true", help="leave PyTorch out")
     parser.add_argument("--patience", type=float, default=0, help="seconds to wait for quiet")
@@ -153,8 +147,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def set_up(args: argparse.Namespace) -> None:
     """Gives all variants the same CPUs and precision; before jax or torch is imported."""
-    if args.keep_pages and not keep_freed_pages():
-        sys.exit("--keep-pages needs glibc's mallopt, which is not here")
+    if not args.plain_malloc and not keep_freed_pages():
+        sys.exit("glibc's mallopt is not here: --plain-malloc")
     # Both sides see the same CPUs; XLA sizes its thread pool by them, torch is told.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,6 +1,7 @@
 """One stage-1 training step of ours against the same step in plain PyTorch, on the CPU.
 
     python benchmarks/stage1_step.py --json runs/stage1_step.json
+    python benchmarks/stage1_step.py --forward --json runs/forward.json
 
 Both sides take the same step: S-sized student (width 384, depth 12), 8 frames of 224 px, 417 of
 2049 tokens, one decoder for each teacher, batch 2, targets precomputed and gathered, three-term
@@ -9,7 +10,10 @@ PyTorch side is `interop/torch_models/video.py` with plain or fused attention, e
 
 Variants take turns within every round, so that a change of the machine's speed hits all alike;
 medians are compared. Compilation is outside the timing and given apart. The first losses must
-agree, or nothing is reported. Takes about 4 minutes on two cores.
+agree, or nothing is reported. A last row does the step's matrix products and nothing else, with
+torch's sgemm: the machine's own limit. On a busy machine take `--threads 1` and believe the CPU
+times. `--forward` compares the encoder's forward pass over all 2049 tokens. Takes about 4 minutes
+on two idle cores.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import side_by_side
+import torch_side
 from side_by_side import Variant
 
 LEARNING_RATE, BETAS, EPSILON, DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.05
@@ -76,26 +81,6 @@ def make_inputs(config: Any, batch: int) -> dict[str, np.ndarray]:
     }
 
 
-def random_params(config: Any) -> Any:
-    """Weights both sides start from, of the size of the model's own initialisation."""
-    import jax
-    from flax import traverse_util
-
-    from iv2_jax.interop import torch_keys
-
-    rng = np.random.default_rng(1)
-
-    def draw(path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        name = path.rsplit("/", 1)[-1]
-        if name in ("scale", "gamma"):
-            return np.full(leaf.shape, 1.0 if name == "scale" else 1e-5, np.float32)
-        return 0.02 * rng.normal(size=leaf.shape).astype(np.float32)
-
-    abstract = torch_keys.abstract_params(torch_keys.student_map(config))
-    flat = traverse_util.flatten_dict(abstract, sep="/")
-    return traverse_util.unflatten_dict({k: draw(k, v) for k, v in flat.items()}, sep="/")
-
-
 def jax_step(config: Any, params: Any, inputs: dict[str, np.ndarray]) -> Callable[[], float]:
     """Our step: jitted, state donated."""
     import jax
@@ -144,15 +129,12 @@ def torch_step(
 
     contents = {"kind": "student", "model": config_lib.to_dict(config)}
     model = torch_models.from_config(contents, fused_attention=fused).train()
-    state = torch_keys.to_torch(params, torch_keys.student_map(config))
-    model.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in state.items()})
+    torch_side.load(model, torch_keys.student_map(config), params)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=DECAY
     )
-    video = torch.from_numpy(inputs["video"].transpose(0, 4, 1, 2, 3).copy())
-    hidden = np.ones((len(video), config.encoder.num_tokens), bool)
-    np.put_along_axis(hidden, inputs["visible"], False, axis=1)
-    mask = torch.from_numpy(hidden)
+    video = torch_side.clips(inputs["video"])
+    mask = torch_side.hidden(inputs["visible"], config.encoder.num_tokens)
     targets = {name: torch.from_numpy(inputs[name]) for name in ("clip", "final", "mae")}
     forward = torch.compile(model) if compiled else model
 
@@ -170,12 +152,79 @@ def torch_step(
     return take
 
 
+def jax_forward(config: Any, params: Any, inputs: dict[str, np.ndarray]) -> Callable[[], float]:
+    """Our encoder's forward pass over all tokens."""
+    import jax
+
+    from iv2_jax.models.video_encoder import VideoEncoder
+
+    encoder = VideoEncoder(config)
+    forward = jax.jit(lambda params, video: encoder.apply({"params": params}, video).pooled)
+    params, video = jax.device_put(params), jax.device_put(inputs["video"])
+    return lambda: float(np.abs(forward(params, video)).mean())
+
+
+def torch_forward(
+    config: Any, params: Any, inputs: dict[str, np.ndarray], *, fused: bool, compiled: bool
+) -> Callable[[], float]:
+    """The same in plain PyTorch."""
+    import torch
+
+    from iv2_jax import config as config_lib
+    from iv2_jax.interop import torch_keys
+    from iv2_jax.interop.torch_models import video as torch_models
+
+    contents = {"kind": "encoder", "model": config_lib.to_dict(config)}
+    model = torch_models.from_config(contents, fused_attention=fused)
+    torch_side.load(model, torch_keys.encoder_map(config), params)
+    video = torch_side.clips(inputs["video"])
+    forward = torch.compile(model) if compiled else model
+
+    def take() -> float:
+        with torch.no_grad():
+            return float(forward(video).abs().mean())
+
+    return take
+
+
+def products(config: Any, batch: int, tokens: int, *, train: bool) -> list[tuple[int, ...]]:
+    """`(count, *batch, M, K, N)` of the matrix products of a step, or of a forward pass.
+
+    Those of the blocks, of the patch embedding and of the decoders; the pool's, of one query a
+    clip but for keys and values, count as two maps of the width.
+    """
+    encoder = config.encoder if train else config
+    width, depth, heads = encoder.width, encoder.depth, encoder.num_heads
+    rows, hidden, head = batch * tokens, encoder.mlp_width, width // heads
+    patch = encoder.tubelet * encoder.patch_size**2 * 3
+    maps = [(depth, width, 3 * width), (depth, width, width), (2, width, width)]
+    maps += [(depth, width, hidden), (depth, hidden, width)]
+    if train:
+        maps += [(1, width, config.clip.width)]
+        maps += [(1, width, width), (1, width, config.mae.width)]
+    shapes = [(count, rows, k, n) for count, k, n in maps] + [(1, rows - batch, patch, width)]
+    if train:
+        shapes += [(count, rows, n, k) for count, k, n in maps]
+        shapes += [(count, k, rows, n) for count, k, n in maps] + [(1, patch, rows - batch, width)]
+    # Scores and weighted values; backward one more of the first kind and three of the second.
+    scores, values = (2 * depth, 4 * depth) if train else (depth, depth)
+    by_head = batch * heads
+    return [
+        *shapes,
+        (scores, by_head, tokens, head, tokens),
+        (values, by_head, tokens, tokens, head),
+    ]
+
+
 def main() -> int:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     side_by_side.add_arguments(parser)
+    parser.add_argument(
+        "--forward", action="store_true", help="the encoder's forward pass over all tokens instead"
+    )
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--depth", type=int, default=12)
@@ -187,23 +236,28 @@ def main() -> int:
 
     side_by_side.set_up(args)
 
-    config = student_config(args)
-    inputs, params = make_inputs(config, args.batch), random_params(config)
+    from iv2_jax.interop import torch_keys
+
+    student = student_config(args)
+    inputs = make_inputs(student, args.batch)
+    train, tokens = not args.forward, inputs["visible"].shape[1]
+    config, keys, step, other = student, torch_keys.student_map, jax_step, torch_step
+    if args.forward:
+        config, tokens = student.encoder, student.encoder.num_tokens
+        keys, step, other = torch_keys.encoder_map, jax_forward, torch_forward
+    params = torch_side.random_params(torch_keys.abstract_params(keys(config)))
     variants = []
     for unroll in args.unroll:
-        encoder = dataclasses.replace(config.encoder, scan_unroll=unroll)
-        ours = dataclasses.replace(config, encoder=encoder)
-        variants.append(Variant(f"ours, unroll {unroll}", jax_step(ours, params, inputs)))
+        encoder = dataclasses.replace(student.encoder, scan_unroll=unroll)
+        ours = dataclasses.replace(student, encoder=encoder) if train else encoder
+        variants.append(Variant(f"ours, unroll {unroll}", step(ours, params, inputs)))
+    variants += torch_side.variants(args, functools.partial(other, config, params, inputs))
+    shapes = products(config, args.batch, tokens, train=train)
     if not args.only_ours:
-        import torch
-
-        torch.set_num_threads(args.threads)
-        for compiled in (False,) if args.no_compile else (False, True):
-            for fused in (False, True):
-                name = f"torch {'sdpa' if fused else 'plain'} {'compile' if compiled else 'eager'}"
-                step = torch_step(config, params, inputs, fused=fused, compiled=compiled)
-                variants.append(Variant(name, step))
-    side_by_side.compare(variants, args, {"tokens": inputs["visible"].shape[1]})
+        variants.append(torch_side.products(shapes, args.threads))
+    gigaflop = torch_side.gigaflop(shapes)
+    print(f"{tokens} tokens a clip, {gigaflop:.1f} GFLOP of matrix products")
+    side_by_side.compare(variants, args, {"tokens": tokens, "gigaflop": gigaflop})
     return 0
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import side_by_side
+import torch_side
 from side_by_side import Variant
 
 LEARNING_RATE, BETAS, EPSILON, DECAY, CLIP = 5e-5, (0.9, 0.98), 1e-8, 0.05, 3.0
@@ -85,25 +86,6 @@ def make_inputs(config: Any, args: argparse.Namespace) -> dict[str, np.ndarray]:
         "labels": np.where(chosen, ids, -100),
         "wrong": ((np.arange(rows) + 1) % rows).astype(np.int32),
     }
-
-
-def random_params(config: Any) -> Any:
-    """Weights both sides start from, of the size of the model's own initialisation."""
-    import jax
-
-    from iv2_jax.models import kinds
-    from iv2_jax.parallel.rules import path_name
-
-    rng = np.random.default_rng(1)
-
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        name = path_name(path).rsplit("/", 1)[-1]
-        fixed = {"scale": 1.0, "gamma": 1e-5, "temp": 0.07}
-        if name in fixed:
-            return np.full(leaf.shape, fixed[name], np.float32)
-        return 0.02 * rng.normal(size=leaf.shape).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, kinds.of(config).abstract_params(config))
 
 
 def jax_step(config: Any, params: Any, inputs: dict[str, np.ndarray]) -> Callable[[], float]:
@@ -170,16 +152,12 @@ def torch_step(
     from torch.nn import functional as F
 
     from iv2_jax import config as config_lib
-    from iv2_jax.interop import torch_keys
     from iv2_jax.interop.torch_keys.stage2 import stage2_map
     from iv2_jax.interop.torch_models import stage2
 
     contents = {"kind": "stage2", "model": config_lib.to_dict(config)}
     model = stage2.from_config(contents, fused_attention=fused).train()
-    state = torch_keys.to_torch(params, stage2_map(config))
-    model.load_state_dict(
-        {k: torch.from_numpy(np.array(v)) for k, v in state.items()}, strict=False
-    )
+    torch_side.load(model, stage2_map(config), params, strict=False)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=DECAY
     )
@@ -187,10 +165,8 @@ def torch_step(
     mean, std = (
         torch.tensor(x)[:, None, None, None] for x in (encoder.pixel_mean, encoder.pixel_std)
     )
-    video = torch.from_numpy(inputs["video"].transpose(0, 4, 1, 2, 3).copy())
-    hidden = np.ones((len(video), encoder.num_tokens), bool)
-    np.put_along_axis(hidden, inputs["visible"], False, axis=1)
-    dropped = torch.from_numpy(hidden)
+    video = torch_side.clips(inputs["video"])
+    dropped = torch_side.hidden(inputs["visible"], encoder.num_tokens)
     ids, corrupted, labels, wrong = (
         torch.from_numpy(inputs[n].astype(np.int64))
         for n in ("text_video", "corrupted", "labels", "wrong")
@@ -243,8 +219,12 @@ def main() -> int:
     args = parser.parse_args()
     side_by_side.set_up(args)
 
+    from iv2_jax.models import kinds
+
     config = model_config(args)
-    inputs, params = make_inputs(config, args), random_params(config)
+    inputs = make_inputs(config, args)
+    abstract = kinds.of(config).abstract_params(config)
+    params = torch_side.random_params(abstract, {"temp": 0.07})
     ours = config
     if args.unroll:
         encoder = dataclasses.replace(config.vision.encoder, scan_unroll=args.depth)
@@ -254,15 +234,7 @@ def main() -> int:
             text=dataclasses.replace(config.text, scan_unroll=config.text.depth),
         )
     variants = [Variant(f"ours{', unrolled' * args.unroll}", jax_step(ours, params, inputs))]
-    if not args.only_ours:
-        import torch
-
-        torch.set_num_threads(args.threads)
-        for compiled in (False,) if args.no_compile else (False, True):
-            for fused in (False, True):
-                name = f"torch {'sdpa' if fused else 'plain'} {'compile' if compiled else 'eager'}"
-                step = torch_step(config, params, inputs, fused=fused, compiled=compiled)
-                variants.append(Variant(name, step))
+    variants += torch_side.variants(args, functools.partial(torch_step, config, params, inputs))
     side_by_side.compare(variants, args, {"tokens": inputs["visible"].shape[1]})
     return 0
 

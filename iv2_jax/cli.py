@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from iv2_jax import __version__
 from iv2_jax.errors import UserError, nearest
+from iv2_jax.parallel import cpu
 
 # verb -> (module with add_arguments and run, one line of help)
 VERBS = {
@@ -24,6 +25,7 @@ VERBS = {
     "plan": ("iv2_jax.parallel.plan.command", "memory, speed and cost of a run on a TPU slice"),
     "demo": ("iv2_jax.demo.commands", "the whole of stage 1 on real clips, with a report"),
 }
+COMPUTING = ("train", "eval", "chat")  # what is set for the CPU platform is set for these
 EXAMPLES = """\
 examples:
   iv2 demo --out runs/demo
@@ -80,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     args.overrides = overrides
     _set_up_logging(args.verbose)
+    if verb in COMPUTING:
+        cpu.set_up()
     try:
         return module.run(args)
     except UserError as error:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+# The suite is one long process with threads of its own: malloc stays as it is.
+os.environ.setdefault("IV2_KEEP_PAGES", "0")
 # Tests compile much and run little: without LLVM's optimisations the suite takes a third of the
 # time (one tiny training step compiled in 5 s instead of 26 on a busy 2-core machine).
 _FLAGS = {

@@ -45,6 +45,10 @@ SHIPPED = {
     "stage3/internvideo2_chat.py:internlm,tuning": None,
     "stage3/internvideo2_chat.py:internlm,hd8": None,
     "stage3/internvideo2_chat.py:internlm,hd16": None,
+    # Spec stage1 1.
+    "finetune/classify.py:1b,k400,16": 1_023_901_328,
+    "finetune/probe.py:1b,ap_ssv2": 1_028_451_502,
+    "finetune/demo.py": None,
     "finetune/retrieval_6b.py:msrvtt": None,
     "finetune/retrieval_6b.py:didemo": None,
     "stage1/distill.py:small": 29_169_792,

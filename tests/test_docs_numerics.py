@@ -39,6 +39,7 @@ MODULES = {
     "objectives.contrastive": ("clamp_temperature", "contrastive_loss", "scale_gradient"),
     "objectives.matching": ("matching_loss", "mine_negatives"),
     "objectives.next_token": ("next_token_loss",),
+    "train.classify_config": ("MixupConfig",),
     "train.distill": ("DistillConfig", "LossWeights", "MaskConfig"),
     "train.optim": ("OptimizerConfig",),
 }

@@ -51,7 +51,7 @@ def get_config(arg: str = "1b") -> ConfigDict:
     opened = ["vision_encoder/pool/.*"]
     if mode == "full":
         frozen = opened = []
-        clip["vision"]["remat"] = clip["text"]["decoder"]["remat"] = "dots"
+        clip["vision"]["remat"], clip["text"]["decoder"]["remat"] = "named", "dots"
     if mode == "lora":
         opened.append("text_encoder/.*/lora_[ab]")
         clip["text"]["decoder"] |= {

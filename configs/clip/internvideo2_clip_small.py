@@ -40,7 +40,7 @@ def get_config(arg: str = "base") -> ConfigDict:
         clip[tower]["precision"] = {"compute_dtype": "bfloat16"}
     full = mode == "full"
     if full:
-        clip["vision"] |= {"drop_path_rate": 0.1, "remat": "dots"}
+        clip["vision"] |= {"drop_path_rate": 0.1, "remat": "named"}
     text = {"tokenizer": "mobileclip", "max_length": 77, "min_words": 2}
     text["path"] = "bpe_simple_vocab_16e6.txt.gz"
     data = {"size": 224, "augment": "random_resized_crop", "text": text}

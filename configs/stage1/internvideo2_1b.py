@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     student = config_lib.to_dict(zoo.get("internvideo2_1b_pretrain"))
     student["encoder"] |= {
         "drop_path_rate": 0.25,
-        "remat": "dots",
+        "remat": "named",
         "precision": {"compute_dtype": "bfloat16"},
     }
     bfloat16 = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}

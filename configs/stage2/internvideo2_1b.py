@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     bfloat16 = {"compute_dtype": "bfloat16"}
     model["vision"]["encoder"] |= {
         "drop_path_rate": 0.25,
-        "remat": "dots",
+        "remat": "named",
         "precision": bfloat16,
     }
     model["text"] |= {"remat": "dots", "precision": bfloat16}

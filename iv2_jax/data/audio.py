@@ -22,7 +22,7 @@ import av
 import numpy as np
 
 from iv2_jax.data import fbank
-from iv2_jax.data.decode import DecodeError, open_container
+from iv2_jax.data.containers import DecodeError, open_container
 from iv2_jax.data.sound_reader import ReleasedReader, SoundReader, can_be_entered
 from iv2_jax.errors import ConfigError, nearest
 

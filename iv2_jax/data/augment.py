@@ -11,6 +11,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from iv2_jax.data import augment_stage2
+
 SCALES = (1.0, 0.875, 0.75, 0.66)
 _SNAP = 3  # pixels: a crop this close to the output size becomes the output size
 _STEPS = (  # the 13 offsets, in quarters of the free space (x, y)
@@ -98,6 +100,35 @@ def pil_resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
         image = Image.fromarray(np.ascontiguousarray(frame))
         out[i] = image.resize((width, height), Image.Resampling.BILINEAR)
     return out
+
+
+def random_resized_crop(
+    frames: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    flip: bool = True,
+) -> np.ndarray:
+    """Fine-tuning's crop (spec stage1 7.4), one draw for the whole clip.
+
+    Bilinear without antialiasing, as the original's, which however resizes normalised pixels; here
+    they come back to 8 bits, at most half a grey level away.
+
+    Args:
+      frames: (T, H, W, 3) uint8.
+      size: side of the output.
+      rng: source of the draws; the flip is drawn whether it is used or not.
+      scale: least and largest share of the picture's area.
+      flip: mirror with probability one half (off for SSv2, whose classes have a direction).
+
+    Returns:
+      (T, size, size, 3) uint8.
+    """
+    y, x, h, w = augment_stage2.draw_resized_crop(*frames.shape[1:3], rng, scale=scale)
+    mirrored = bool(rng.random() < 0.5) and flip
+    out = linear_resize(frames[:, y : y + h, x : x + w], size, size)
+    return np.ascontiguousarray(out[:, :, ::-1] if mirrored else out)
 
 
 # -- evaluation -----------------------------------------------------------------------------------

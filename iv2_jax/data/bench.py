@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
+import multiprocessing
 import os
 import statistics
 import time
@@ -13,20 +15,26 @@ from typing import Any
 import numpy as np
 
 from iv2_jax.data import augment, pipeline, rows
-from iv2_jax.data.decode import DecodeError
+from iv2_jax.data.decode import DecodeError, VideoReader
 from iv2_jax.data.sources import ClipSource
+from iv2_jax.errors import DataError
 
 _WARM_BATCHES = 2  # worker start-up, file cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Median milliseconds of one clip in one process, by step; and how many clips were measured."""
+    """Median milliseconds of one clip in one process, by step; and how many clips were measured.
+
+    `reads` counts how the frames of videos were found, see `decode.ReadCounts`; empty where none
+    was a video.
+    """
 
     open_ms: float
     decode_ms: float
     transform_ms: float
     clips: int
+    reads: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def clips_per_second(self) -> float:
@@ -36,10 +44,11 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """Clips a second with so many worker processes."""
+    """Clips a second with so many worker processes, and the most MiB that one of them takes."""
 
     workers: int
     clips_per_second: float
+    worker_mib: float = math.nan
 
     @property
     def per_worker(self) -> float:
@@ -56,6 +65,7 @@ def measure_split(source: ClipSource, config: pipeline.DataConfig, clips: int) -
       clips: how many to time, from the first on, repeating a short list.
     """
     times: list[tuple[float, float, float]] = []
+    reads: collections.Counter[str] = collections.Counter()
     for i in range(clips):
         rng = rows.row_rng(0, i)
         begin = time.perf_counter()
@@ -79,10 +89,12 @@ def measure_split(source: ClipSource, config: pipeline.DataConfig, clips: int) -
             continue
         finally:
             clip.close()
+        if isinstance(clip, VideoReader):
+            reads.update(dataclasses.asdict(clip.counts))
     if not times:
         raise DecodeError(source.name(0), f"none of the first {clips} clips decodes")
     steps = [1e3 * statistics.median(step) for step in zip(*times, strict=True)]
-    return Split(*steps, clips=len(times))
+    return Split(*steps, clips=len(times), reads=dict(reads))
 
 
 def _transform(
@@ -122,7 +134,69 @@ def measure_throughput(
             while time.perf_counter() - begin < seconds:
                 next(loader)
                 read += batch
-            yield Throughput(count, read / (time.perf_counter() - begin))
+            rate = read / (time.perf_counter() - begin)
+            yield Throughput(count, rate, _largest_worker())
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """MiB that a worker process has for itself after so many clips."""
+
+    clips: int
+    mib: float
+
+
+def measure_memory(
+    source: ClipSource, config: pipeline.DataConfig, clips: int, *, batch: int, points: int = 20
+) -> Iterator[Memory]:
+    """Reads clips in one worker process and looks at its memory now and then.
+
+    Args:
+      source: the clips; a short list is gone through again.
+      config: how they are loaded.
+      clips: how many to read.
+      batch: rows of a batch.
+      points: how many times to look.
+
+    Raises:
+      DataError: this system does not tell a process's memory (it takes Linux's /proc).
+    """
+    chosen = dataclasses.replace(config, num_workers=1, threads=1, max_bad_share=1.0)
+    steps = max(clips // batch, points)
+    with pipeline.make_loader(chosen, seed=0, global_batch=batch, source=source) as loader:
+        for step in range(1, steps + 1):
+            next(loader)
+            if step % (steps // points) == 0:
+                mib = _largest_worker()
+                if math.isnan(mib):
+                    raise DataError("memory of a process is read from /proc, which is not here")
+                yield Memory(step * batch, mib)
+
+
+def growth(points: Sequence[Memory]) -> float:
+    """MiB from the mean of the second quarter of the points to that of the last one.
+
+    The first quarter is left out: buffers are filled and modules imported there.
+    """
+    quarter = max(len(points) // 4, 1)
+    early = statistics.fmean(p.mib for p in points[quarter : 2 * quarter])
+    return statistics.fmean(p.mib for p in points[-quarter:]) - early
+
+
+def _largest_worker() -> float:
+    """`worker_mib` of this process's largest child."""
+    children = multiprocessing.active_children()
+    return max((worker_mib(child.pid) for child in children), default=math.nan)
+
+
+def worker_mib(pid: int | None) -> float:
+    """MiB of memory of a process that it shares with no other; NaN where /proc does not say."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["RssAnon"].split()[0]) / 1024
+    except (OSError, KeyError):
+        return math.nan
 
 
 def cores_for(target: float, measured: Sequence[Throughput]) -> int:

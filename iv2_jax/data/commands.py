@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable
 
+from iv2_jax.data import bench_command
 from iv2_jax.data.instruct import command as dialogues
 from iv2_jax.errors import ConfigError
 
@@ -16,7 +15,8 @@ TAKES_OVERRIDES = True  # of teacher-features
 _EXAMPLES = """examples:
   iv2 data validate clips.jsonl                      every line, file and frame
   iv2 data validate train.csv --format kinetics --prefix /videos --quick
-  iv2 data build clips.jsonl packed --short-side 256 --gop 16
+  iv2 data build clips.jsonl packed --short-side 256 --keyframe-interval 16
+  iv2 data build clips.jsonl crops --frames 8 --crop 224
   iv2 data convert-dialogues train.json train_llava.json --to llava
   iv2 data bench packed --frames 16 --target 200     cores for 200 clips a second
   iv2 data teacher-features --config configs/demo/stage1.py --out targets
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_validate(commands)
     _add_build(commands)
-    _add_bench(commands)
+    bench_command.add_command(commands)
     _add_teacher_features(commands)
     dialogues.add_command(commands)
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     commands = {
         "validate": _validate,
         "build": _build,
-        "bench": _bench,
+        bench_command.NAME: bench_command.run,
         "teacher-features": _teacher_features,
         dialogues.NAME: dialogues.run,
     }
@@ -85,17 +85,46 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         "build",
         help="pack clips into ArrayRecord files",
         description="Packs the clips of a manifest into a TFDS data set of ArrayRecord files, "
-        "which train and eval read like a manifest. Clips with start and end are cut.",
-        epilog="example: iv2 data build clips.jsonl packed --short-side 256 --gop 16",
+        "which train and eval read like a manifest (data.source=FOLDER). Clips with start and end "
+        "are cut. Captions, labels, questions and sound are kept. To make reading cheaper, encode "
+        "the videos anew with keyframes close together, or store sampled frames alone.",
+        epilog="examples: iv2 data build clips.jsonl packed --short-side 256 --keyframe-interval "
+        "16; iv2 data build clips.jsonl crops --frames 8 --crop 224",
     )
     parser.add_argument("manifest")
     parser.add_argument("folder", help="folder to make")
     _add_list_options(parser)
     parser.add_argument("--split", help="only this split")
     parser.add_argument("--name", default="clips", help="name of the data set (default: clips)")
-    parser.add_argument("--short-side", type=int, help="encode anew, short side at most this")
-    parser.add_argument("--gop", type=int, help="encode anew, a keyframe every so many frames")
-    parser.add_argument("--no-audio", action="store_true", help="drop sound when encoding anew")
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        help="encode anew (or store frames) with the short side at most this",
+    )
+    parser.add_argument(
+        "--keyframe-interval",
+        "--gop",
+        dest="gop",
+        type=int,
+        help="encode anew, a keyframe every so many frames",
+    )
+    parser.add_argument(
+        "--frames",
+        type=int,
+        help="store so many sampled frames of each video as JPEG pictures, and no video",
+    )
+    parser.add_argument(
+        "--sampling",
+        default="middle",
+        help="rule that picks those frames, in its evaluation form (default: middle)",
+    )
+    parser.add_argument(
+        "--crop",
+        type=int,
+        help="store the square of this side that data.augment=center shows, and no whole frames",
+    )
+    parser.add_argument("--quality", type=int, default=90, help="of the pictures (default: 90)")
+    parser.add_argument("--no-audio", action="store_true", help="drop sound of such videos")
     parser.add_argument(
         "--shard-mib", type=int, default=256, help="size of a file in MiB (default: 256)"
     )
@@ -106,28 +135,6 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         help="share of clips that may fail to decode and be left out (default: 0.1)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the folder")
-
-
-def _add_bench(commands: argparse._SubParsersAction) -> None:
-    """Arguments of `bench`."""
-    parser = commands.add_parser(
-        "bench",
-        help="measure clips a second",
-        description="Measures how many clips a second this machine loads with 1 to N worker "
-        "processes, and what a clip's time goes into.",
-        epilog="example: iv2 data bench clips.jsonl --frames 8 --target 200",
-    )
-    parser.add_argument("source", help="manifest or packed folder")
-    _add_list_options(parser)
-    parser.add_argument("--split", help="only this split")
-    parser.add_argument("--frames", type=int, default=8, help="frames a clip (default: 8)")
-    parser.add_argument("--size", type=int, default=224, help="side of the pictures (default: 224)")
-    parser.add_argument("--sampling", default="pretrain", help="sampling rule (default: pretrain)")
-    parser.add_argument("--workers", help="numbers of workers, e.g. 1,2,4 (default: up to cores)")
-    parser.add_argument("--batch", type=int, default=8, help="clips a batch (default: 8)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each (default: 5)")
-    parser.add_argument("--target", type=float, help="clips a second that a run needs")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
 
 
 def _add_teacher_features(commands: argparse._SubParsersAction) -> None:
@@ -184,7 +191,7 @@ def _validate(args: argparse.Namespace) -> int:
             "problems": [dataclasses.asdict(p) for p in report.problems],
             "odd": [dataclasses.asdict(p) for p in report.odd],
         }
-        _write_json(args.json, found)
+        bench_command.write_json(args.json, found)
     return 1 if report.problems else 0
 
 
@@ -194,6 +201,7 @@ def _build(args: argparse.Namespace) -> int:
 
     from iv2_jax.data import manifest
     from iv2_jax.data.builders import packed
+    from iv2_jax.data.builders.frames import FrameOptions
 
     clips = manifest.read_clips(
         args.manifest,
@@ -202,11 +210,23 @@ def _build(args: argparse.Namespace) -> int:
         split=args.split,
         separator=args.separator,
     )
+    frames = None
+    if args.frames is not None:
+        frames = FrameOptions(
+            args.frames,
+            sampling=args.sampling,
+            crop=args.crop,
+            short_side=args.short_side,
+            quality=args.quality,
+        )
+    elif args.crop is not None:
+        raise ConfigError("--crop is for stored frames: give their number with --frames")
     options = packed.PackOptions(
         name=args.name,
         shard_bytes=args.shard_mib << 20,
-        short_side=args.short_side,
+        short_side=None if frames else args.short_side,
         gop=args.gop,
+        frames=frames,
         keep_audio=not args.no_audio,
         max_bad_share=args.max_bad_share,
         overwrite=args.overwrite,
@@ -250,81 +270,3 @@ def _teacher_features(args: argparse.Namespace) -> int:
         )
     print(f"{args.out}: {', '.join(f'{count} clips of {part}' for part, count in written.items())}")
     return 0
-
-
-def _bench(args: argparse.Namespace) -> int:
-    """`iv2 data bench`."""
-    import dataclasses
-
-    from iv2_jax.data import bench, sources
-    from iv2_jax.data.pipeline import DataConfig
-
-    machine = bench.machine()
-    source = sources.open_source(
-        args.source,
-        format=args.format,
-        prefix=args.prefix,
-        split=args.split,
-        separator=args.separator,
-    )
-    config = DataConfig(
-        source=args.source, num_frames=args.frames, size=args.size, sampling=args.sampling
-    )
-    split = bench.measure_split(source, config, max(min(len(source), 64), 16))
-    print(
-        f"one clip of {args.frames} frames: open {split.open_ms:.1f} ms, decode "
-        f"{split.decode_ms:.1f} ms, transform {split.transform_ms:.1f} ms "
-        f"(medians of {split.clips}; {split.clips_per_second:.1f} clips/s a core)"
-    )
-    workers = _workers(args.workers)
-    print(f"{'workers':>8} {'clips/s':>9} {'per worker':>11}")
-    measured = []
-    for result in bench.measure_throughput(
-        source, config, workers, batch=args.batch, seconds=args.seconds
-    ):
-        measured.append(result)
-        print(f"{result.workers:>8} {result.clips_per_second:>9.1f} {result.per_worker:>11.1f}")
-    figures = {
-        **machine,
-        "source": os.fspath(args.source),
-        "frames": args.frames,
-        "size": args.size,
-        "clip_ms": dataclasses.asdict(split),
-        "throughput": [dataclasses.asdict(m) for m in measured],
-    }
-    if args.target:
-        figures["target"] = args.target
-        figures["cores_for_target"] = cores = bench.cores_for(args.target, measured)
-        print(f"{args.target:g} clips/s need about {cores} such cores")
-    if machine["load_before"] > 1:
-        print(f"the machine was busy (load {machine['load_before']:.1f}): figures are too low")
-    if args.json:
-        _write_json(args.json, figures)
-    return 0
-
-
-def _workers(text: str | None) -> list[int]:
-    """Numbers of workers to measure: as given, else powers of two up to the cores."""
-
-    if text is None:
-        cores = os.cpu_count() or 1
-        return sorted({1 << i for i in range(cores.bit_length()) if 1 << i <= cores} | {cores})
-    try:
-        workers = [int(n) for n in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--workers must be numbers such as 1,2,4, is {text!r}") from None
-    if min(workers) < 1:
-        raise ConfigError(f"--workers must be from 1 on, is {text!r}")
-    return workers
-
-
-def _write_json(path: str, figures: dict) -> None:
-    """Writes figures, or says why not."""
-    from iv2_jax.errors import DataError
-
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=2)
-            file.write("\n")
-    except OSError as e:
-        raise DataError(f"{path}: cannot be written: {e.strerror}") from e

@@ -6,9 +6,10 @@ import dataclasses
 
 from iv2_jax.data import modalities, sampling
 from iv2_jax.data.modalities import AudioConfig, CorpusConfig, TextConfig
+from iv2_jax.data.rand_augment import RandAugmentConfig
 from iv2_jax.errors import ConfigError, nearest
 
-_AUGMENTS = ("multiscale_crop", "random_resized_crop", "center", "stretch")
+_AUGMENTS = ("multiscale_crop", "random_resized_crop", "finetune_crop", "center", "stretch")
 _EVAL_AUGMENTS = ("center", "stretch")  # the same picture every time
 _MASKS = ("none", "tube", "random")
 
@@ -37,14 +38,18 @@ class DataConfig:
       released_sampling: `rand`, `middle` and `dense` with the released code's faults.
       size: S, side of the pictures.
       short_side: evaluation: short side before the centre crop; None = `size`.
-      augment: of training `multiscale_crop` (stage 1) or `random_resized_crop` (stage 2); always
-        the same picture: `center`, or `stretch`, which keeps no aspect ratio.
-      crop_area: smallest and largest share of the picture that `random_resized_crop` takes.
+      augment: of training `multiscale_crop` (stage 1), `random_resized_crop` (stage 2, bicubic) or
+        `finetune_crop` (fine-tuning, bilinear without antialiasing); always the same picture:
+        `center`, or `stretch`, which keeps no aspect ratio.
+      rand_augment: changes of colour and shape before the crop, in training; None for none.
+      crop_area: smallest and largest share of the picture that the random crops take.
       antialias: both stage-2 resizes average where they make smaller; off as torchvision 0.14,
         which the released models were trained with (spec stage2 11.8).
       flip: mirror half of the training clips.
       released_flip: mirror clips whose caption says left or right, too.
       views: temporal views of a clip; in training, independent draws.
+      shared_frames: training: all views show the same frames, decoded once, and differ in their
+        crops and changes only (repeated augmentation).
       crops: evaluation: crops along the longer side for each temporal view.
       mask: `none`, `tube` or `random`: adds `visible`.
       mask_ratio: share of tokens hidden.
@@ -87,11 +92,13 @@ class DataConfig:
     size: int = 224
     short_side: int | None = None
     augment: str = "multiscale_crop"
+    rand_augment: RandAugmentConfig | None = None
     crop_area: tuple[float, float] = (0.5, 1.0)
     antialias: bool = True
     flip: bool = True
     released_flip: bool = False
     views: int = 1
+    shared_frames: bool = False
     crops: int = 1
     mask: str = "none"
     mask_ratio: float = 0.8

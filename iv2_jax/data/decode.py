@@ -13,8 +13,7 @@ ratio ignored (as in the released code's loaders).
 
 from __future__ import annotations
 
-import contextlib
-import io
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 
@@ -25,22 +24,29 @@ import numpy as np
 
 from iv2_jax.data import packets
 from iv2_jax.data.closing import Closing
-from iv2_jax.errors import UserError
+from iv2_jax.data.containers import DecodeError, named_errors, open_container, pick_stream
 
 _SKIPPABLE_CODECS = ("h264", "hevc")  # decoders that can leave out unreferenced frames
 _TAIL = 2  # frames at the very end that a cut file may fail to decode
 
 
-class DecodeError(UserError, ValueError):
-    """A video that cannot be used: missing, empty, corrupt, without pictures, too short."""
+@dataclasses.dataclass
+class ReadCounts:
+    """How the calls of `VideoReader.read` found their frames.
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
+    Attributes:
+      sought: calls that found every frame by its timestamp, from the keyframe before it on.
+      in_order: calls that decoded from the first packet on and counted.
+      fallbacks: those among `in_order` that had tried timestamps, and missed a frame.
+      jumps: keyframes that were jumped to.
+      packets: packets given to the decoder.
+    """
 
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+    sought: int = 0
+    in_order: int = 0
+    fallbacks: int = 0
+    jumps: int = 0
+    packets: int = 0
 
 
 class VideoReader(Closing):
@@ -51,6 +57,7 @@ class VideoReader(Closing):
     Attributes:
       name: what messages call the file.
       warnings: sentences about oddities met so far, e.g. that the file is cut off.
+      counts: how the frames were found so far.
 
     Raises:
       DecodeError: (any method) the file cannot be opened or decoded.
@@ -79,6 +86,7 @@ class VideoReader(Closing):
         self._source = source if isinstance(source, bytes) else os.fspath(source)
         self.name = name or (self._source if isinstance(self._source, str) else "<bytes>")
         self.warnings: list[str] = []
+        self.counts = ReadCounts()
         self._start, self._end = start, end
         self._threads, self._thread_type = threads, thread_type
         self._table_cache: packets.PacketTable | None = None
@@ -143,10 +151,13 @@ class VideoReader(Closing):
             )
         wanted = np.unique(chosen)
         frames = None
-        with _named_errors(self.name):
+        with named_errors(self.name):
             if table.exact and packets.trusted(self._container, self._stream):
                 frames = self._read_by_timestamp(table, wanted)
+                self.counts.sought += frames is not None
+                self.counts.fallbacks += frames is None
             if frames is None:
+                self.counts.in_order += 1
                 frames = self._read_in_order(table, wanted)
         return np.stack([frames[i] for i in chosen.tolist()])
 
@@ -157,7 +168,7 @@ class VideoReader(Closing):
           DecodeError: a frame in the middle does not decode.
         """
         first: dict[int, np.ndarray] = {}
-        with _named_errors(self.name):
+        with named_errors(self.name):
             table = self._countable(self._table)
             for count, frame in enumerate(self._frames_in_order(table)):
                 at = count - table.first
@@ -181,7 +192,7 @@ class VideoReader(Closing):
         """Opens the file at its beginning and picks the stream."""
         container = open_container(self._source, self.name)
         try:
-            stream = _pick_stream(container, self.name)
+            stream = pick_stream(container, self.name)
             stream.thread_type = self._thread_type
             stream.codec_context.thread_count = self._threads
         except BaseException:
@@ -198,7 +209,7 @@ class VideoReader(Closing):
     def _table(self) -> packets.PacketTable:
         """The packet table, made on first use."""
         if self._table_cache is None:
-            with _named_errors(self.name):
+            with named_errors(self.name):
                 self._table_cache = self._scan()
         return self._table_cache
 
@@ -228,24 +239,36 @@ class VideoReader(Closing):
     def _read_by_timestamp(
         self, table: packets.PacketTable, wanted: np.ndarray
     ) -> dict[int, np.ndarray] | None:
-        """Decodes from keyframe to wanted frame; None when a frame fails to turn up."""
+        """Decodes from keyframe to wanted frame; None when a frame fails to turn up.
+
+        Whether to jump or to go on is decided frame by frame: where the keyframe before the next
+        wanted frame has been passed, going on is the shorter way. Before a jump the decoder is
+        emptied, so that no packet is decoded only to push a frame out.
+        """
         places = table.order[wanted]
         index_of = dict(zip(table.pts[places].tolist(), wanted.tolist(), strict=True))
+        keys = [table.keyframe_before(place) for place in places.tolist()]
         got: dict[int, np.ndarray] = {}
-        at = -1
+        at = -1  # place of the packet to feed next
         feed: Iterator[av.Packet | None] = iter(())
         try:
-            for index, place in zip(wanted.tolist(), places.tolist(), strict=True):
+            for i, (index, place) in enumerate(zip(wanted.tolist(), places.tolist(), strict=True)):
                 if index in got:
                     continue
-                key = table.keyframe_before(place)
-                if key > at:
+                if keys[i] >= at:
                     self._codec.flush_buffers()
-                    feed = self._packets_from(table, key)
-                    at = key
+                    feed = self._packets_from(table, keys[i])
+                    at = keys[i]
+                    self.counts.jumps += 1
+                following = keys[i + 1] if i + 1 < len(keys) else len(table.pts)
                 while index not in got:
-                    self._feed(next(feed), index_of, got)
-                    at += 1
+                    if place < at <= following:
+                        self._feed(None, index_of, got)
+                        if index not in got:
+                            raise _Suspect
+                    else:
+                        self._feed(next(feed), index_of, got)
+                        at += 1
         except (av.error.FFmpegError, StopIteration, _Suspect):
             return None
         finally:
@@ -263,6 +286,7 @@ class VideoReader(Closing):
         self, packet: av.Packet | None, index_of: dict[int, int], got: dict[int, np.ndarray]
     ) -> None:
         """Gives the decoder a packet (None: the end) and keeps the wanted frames."""
+        self.counts.packets += packet is not None
         if self._may_skip:
             needed = packet is None or packet.pts in index_of
             self._codec.skip_frame = "DEFAULT" if needed else "NONREF"
@@ -307,6 +331,7 @@ class VideoReader(Closing):
         total = len(table.pts)
         for at, packet in enumerate(self._packets_from(table, 0)):
             try:
+                self.counts.packets += packet is not None
                 yield from self._codec.decode(packet)
             except av.error.FFmpegError as e:
                 why = packets.reason(e)
@@ -345,75 +370,10 @@ class VideoReader(Closing):
         return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 
 
-@contextlib.contextmanager
-def _named_errors(name: str) -> Iterator[None]:
-    """Gives errors of reading and decoding the name of the file."""
-    try:
-        yield
-    except packets.READ_ERRORS as e:
-        raise DecodeError(name, f"cannot be decoded: {packets.reason(e)}") from e
-
-
 class _Suspect(Exception):
-    """A frame that came out damaged after a jump."""
+    """A frame that did not come out after a jump, or came out damaged."""
 
 
 def _may_lack(frames: int) -> int:
     """How many of so many frames may be missing at the end of a file that is still used."""
     return max(_TAIL, frames // 50)
-
-
-def open_container(
-    source: str | os.PathLike[str] | bytes, name: str
-) -> av.container.InputContainer:
-    """Opens a file, given by its path or its bytes, at its beginning.
-
-    Raises:
-      DecodeError: it is missing, empty, a folder, or of no format that FFmpeg knows.
-    """
-    source = source if isinstance(source, bytes) else os.fspath(source)
-    if _size_of(source, name) == 0:
-        raise DecodeError(name, "is empty (zero bytes)")
-    try:
-        given = io.BytesIO(source) if isinstance(source, bytes) else source
-        return av.open(given, metadata_errors="ignore")
-    except (av.error.FFmpegError, OSError, ValueError) as e:
-        raise DecodeError(name, f"cannot be opened: {packets.reason(e)}") from e
-
-
-def largest_picture(container: av.container.InputContainer) -> av.VideoStream | None:
-    """The decodable video stream with the largest picture; cover art does not count."""
-    attached = av.stream.Disposition.attached_pic
-    streams = [
-        s
-        for s in container.streams.video
-        if s.codec_context is not None and not s.disposition & attached
-    ]
-    return max(streams, key=lambda s: (s.width * s.height, -s.index), default=None)
-
-
-def _pick_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
-    """The stream of `largest_picture`, and no other read any more."""
-    best = largest_picture(container)
-    if best is None:
-        kinds = {s.type for s in container.streams if s.type and s.type != "video"}
-        other = ", ".join(sorted(kinds)) or "nothing else"
-        raise DecodeError(name, f"has no video stream (it has: {other})")
-    for stream in container.streams:
-        if stream.index != best.index:
-            stream.discard = av.stream.Discard.all
-    return best
-
-
-def _size_of(source: str | bytes, name: str) -> int:
-    """Size in bytes, or a `DecodeError` that says why there is none."""
-    if isinstance(source, bytes):
-        return len(source)
-    if os.path.isdir(source):
-        raise DecodeError(name, "is a folder, not a file")
-    try:
-        return os.stat(source).st_size
-    except FileNotFoundError as e:
-        raise DecodeError(name, "does not exist") from e
-    except OSError as e:
-        raise DecodeError(name, f"cannot be read: {e.strerror}") from e

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iv2_jax.data import augment, augment_stage2, captions, masking, row_sounds, sampling
+from iv2_jax.data import (
+    augment,
+    augment_stage2,
+    captions,
+    masking,
+    rand_augment,
+    row_sounds,
+    sampling,
+)
 from iv2_jax.data.badclips import BadClipLog
 from iv2_jax.data.decode import DecodeError
 from iv2_jax.data.kept import KeptClips
@@ -319,6 +327,8 @@ class Rows:
 
 def sampling_rule(clip: Frames, config: DataConfig) -> tuple[sampling.Train, sampling.Eval]:
     """The config's (training, evaluation) rule for a clip."""
+    if getattr(clip, "presampled", False) and len(clip) == config.frames:
+        return sampling.all_frames, sampling.all_frames  # the rule was applied when it was stored
     single = len(clip) == 1 and config.sampling.startswith("fps")  # a picture has no rate
     return sampling.rule(
         "middle" if single else config.sampling,
@@ -346,7 +356,8 @@ def load_views(
     available = len(clip)
     train, evaluate = sampling_rule(clip, config)
     picks: list[np.ndarray] = []
-    for view in range(config.views):
+    shared = config.shared_frames and not (config.eval or config.fixed_view)
+    for view in range(1 if shared else config.views):
         if config.eval or config.fixed_view:
             chosen = evaluate(available, config.frames, view, config.views)
         else:
@@ -356,7 +367,8 @@ def load_views(
         picks.append(chosen)
     flip = config.flip if flip is None else flip
     frames = clip.read(np.concatenate(picks))  # one pass over the file for all views
-    return np.concatenate([_augment(part, config, rng, flip) for part in _split(frames, picks)])
+    parts = _split(frames, picks) * (config.views if shared else 1)
+    return np.concatenate([_augment(part, config, rng, flip) for part in parts])
 
 
 def _split(frames: np.ndarray, picks: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -368,6 +380,8 @@ def _augment(
     frames: np.ndarray, config: DataConfig, rng: np.random.Generator, flip: bool
 ) -> np.ndarray:
     """(C, T, S, S, 3): C crops of one temporal view."""
+    if config.rand_augment is not None and not (config.eval or config.fixed_view):
+        frames = rand_augment.rand_augment(frames, config.rand_augment, rng)
     if config.augment == "multiscale_crop":
         return augment.multiscale_crop(frames, config.size, rng, flip=flip)[None]
     if config.augment == "random_resized_crop":
@@ -380,6 +394,10 @@ def _augment(
             antialias=config.antialias,
         )
         return crop[None]
+    if config.augment == "finetune_crop":
+        return augment.random_resized_crop(
+            frames, config.size, rng, scale=config.crop_area, flip=flip
+        )[None]
     if config.augment == "stretch":
         return augment_stage2.stretch(frames, config.size, antialias=config.antialias)[None]
     return augment.eval_views(frames, config.size, short=config.short_side, num_crops=config.crops)

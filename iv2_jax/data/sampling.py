@@ -2,7 +2,7 @@
 
 Every function returns (T,) int64 indices into the n frames of a clip; add the clip's first frame
 for indices into the file. Random rules take a `numpy.random.Generator`. Rules and check values:
-spec stage1 7.2; those of stage 2: spec stage2 8.5.
+spec stage1 7.2. The rules of stage 2 are in `sampling_stage2`; `rule` knows all by name.
 """
 
 from __future__ import annotations
@@ -13,14 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from iv2_jax.data.sampling_stage2 import at_fixed_rate, check_counts, middle, spread_random
 from iv2_jax.errors import ConfigError, nearest
-
-
-def _check(num_available: int, num_frames: int) -> None:
-    """Refuses counts that no rule is made for."""
-    if num_available < 1 or num_frames < 1:
-        raise ValueError(f"{num_frames} of {num_available} frames: both must be at least 1")
-
 
 # -- pretraining -----------------------------------------------------------------------------------
 
@@ -50,7 +44,7 @@ def pretrain(
     Returns:
       (num_frames * length,) indices.
     """
-    _check(num_available, num_frames)
+    check_counts(num_available, num_frames)
     window = pretrain_window(num_available, num_frames, length, stride)
     if window > 0:
         firsts = np.arange(num_frames) * window + rng.integers(window, size=num_frames)
@@ -79,7 +73,7 @@ def released_minus_one(indices: np.ndarray, num_available: int) -> np.ndarray:
 
 def segment_ranges(num_available: int, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
     """First and last index (included) from which each of the T training frames is drawn."""
-    _check(num_available, num_frames)
+    check_counts(num_available, num_frames)
     segment = max(0.0, (num_available - 1) / num_frames)
     edges = np.round(segment * np.arange(num_frames + 1)).astype(np.int64)
     return edges[:-1], edges[1:]
@@ -95,7 +89,7 @@ def segments_eval(
     num_available: int, num_frames: int, view: int = 0, num_views: int = 1
 ) -> np.ndarray:
     """The frames of temporal view `view` of `num_views`; one view takes the middle."""
-    _check(num_available, num_frames)
+    check_counts(num_available, num_frames)
     segment = max(0.0, (num_available - 1) / num_frames)
     starts = np.round(segment * np.arange(num_frames)).astype(np.int64)
     return np.minimum(starts + int(segment / (num_views + 1) * (view + 1)), num_available - 1)
@@ -108,7 +102,7 @@ def dense_train(
     num_available: int, num_frames: int, rng: np.random.Generator, *, stride: int = 4
 ) -> np.ndarray:
     """T frames of one random stretch of T * stride frames."""
-    _check(num_available, num_frames)
+    check_counts(num_available, num_frames)
     span = num_frames * stride
     if num_available <= span:
         return _dense_short(num_available, num_frames, stride)
@@ -127,7 +121,7 @@ def dense_validation(
       released: the released code's stretch, which lies half its length too early and gives
         negative indices for clips that are little longer than it.
     """
-    _check(num_available, num_frames)
+    check_counts(num_available, num_frames)
     span = num_frames * stride
     if num_available <= span:
         return _dense_short(num_available, num_frames, stride)
@@ -139,7 +133,7 @@ def dense_test(
     num_available: int, num_frames: int, view: int = 0, num_views: int = 1, *, stride: int = 4
 ) -> np.ndarray:
     """Temporal view `view` of `num_views` evenly spread stretches; one view takes the middle."""
-    _check(num_available, num_frames)
+    check_counts(num_available, num_frames)
     span = num_frames * stride
     room = max(num_available - span, 0)
     start = int(view * (room / (num_views - 1))) if num_views > 1 else room // 2
@@ -166,7 +160,7 @@ def _dense_at(end: int, num_frames: int, span: int) -> np.ndarray:
 
 def frames_train(num_available: int, num_frames: int, rng: np.random.Generator) -> np.ndarray:
     """Folders of frames: one random frame a segment; short clips are padded at their beginning."""
-    _check(num_available, num_frames)
+    check_counts(num_available, num_frames)
     segment = num_available // num_frames
     if segment == 0:
         missing = num_frames - num_available
@@ -176,7 +170,7 @@ def frames_train(num_available: int, num_frames: int, rng: np.random.Generator) 
 
 def frames_validation(num_available: int, num_frames: int) -> np.ndarray:
     """Folders of frames: the middle of each segment."""
-    _check(num_available, num_frames)
+    check_counts(num_available, num_frames)
     segment = num_available // num_frames
     if segment == 0:
         missing = num_frames - num_available
@@ -196,7 +190,7 @@ def frames_test(
       num_views: how many.
       hmdb: HMDB51's rule, which leaves the last frame out of the division.
     """
-    _check(num_available, num_frames)
+    check_counts(num_available, num_frames)
     tick = (num_available - 1 if hmdb else num_available) / num_frames
     shifts = np.arange(num_views)[:, None] * tick / num_views
     every = np.sort((shifts + tick * np.arange(num_frames)).astype(np.int64).reshape(-1))
@@ -205,7 +199,7 @@ def frames_test(
 
 def video_train(num_available: int, num_frames: int, rng: np.random.Generator) -> np.ndarray:
     """Video files: one random frame a segment; frame 0 throughout when n < T."""
-    _check(num_available, num_frames)
+    check_counts(num_available, num_frames)
     segment = num_available // num_frames
     if segment == 0:
         return np.zeros(num_frames, np.int64)
@@ -214,7 +208,7 @@ def video_train(num_available: int, num_frames: int, rng: np.random.Generator) -
 
 def video_validation(num_available: int, num_frames: int) -> np.ndarray:
     """Video files: the middle of each of T equal stretches of time."""
-    _check(num_available, num_frames)
+    check_counts(num_available, num_frames)
     tick = num_available / num_frames
     return (tick / 2 + tick * np.arange(num_frames)).astype(np.int64)
 
@@ -227,69 +221,7 @@ def video_test(num_available: int, num_frames: int, view: int) -> np.ndarray:
     return np.sort(np.concatenate([video_validation(num_available, num_frames), starts]))[view::2]
 
 
-# -- stage 2 --------------------------------------------------------------------------------------
-
-
-def spread_edges(num_available: int, num_frames: int) -> np.ndarray:
-    """Edges of the min(T, n) intervals that stage 2 divides a clip into."""
-    _check(num_available, num_frames)
-    count = min(num_frames, num_available)
-    return np.linspace(0, num_available, count + 1).astype(np.int64)
-
-
-def middle(num_available: int, num_frames: int, *, shift: int | None = None) -> np.ndarray:
-    """The middle frame of each interval, or its `shift`-th; short clips repeat the last frame."""
-    edges = spread_edges(num_available, num_frames)
-    if shift is None:
-        return _pad((edges[:-1] + edges[1:] - 1) // 2, num_frames)
-    return _pad(np.minimum(edges[:-1] + shift, num_available - 1), num_frames)
-
-
-def spread_random(
-    num_available: int, num_frames: int, rng: np.random.Generator, *, released: bool = False
-) -> np.ndarray:
-    """One random frame of each interval.
-
-    Args:
-      num_available: n.
-      num_frames: T.
-      rng: source of the draws.
-      released: never draw an interval's last frame, and take sorted distinct frames of the whole
-        clip when an interval has a single frame, as the released loader does.
-    """
-    edges = spread_edges(num_available, num_frames)
-    low, high = edges[:-1], edges[1:]
-    if not released:
-        return _pad(rng.integers(low, high), num_frames)
-    if np.any(high - low < 2):
-        return _pad(np.sort(rng.permutation(num_available)[: len(low)]), num_frames)
-    return _pad(rng.integers(low, high - 1), num_frames)
-
-
-def at_rate(
-    num_available: int, fps: float, rate: float, *, max_frames: int | None = None
-) -> np.ndarray:
-    """Frames at the centres of intervals of 1 / rate seconds; may be empty for a short clip.
-
-    Args:
-      num_available: n.
-      fps: frames per second of the clip.
-      rate: frames wanted per second.
-      max_frames: at most so many, the first ones.
-    """
-    step = 1 / rate
-    seconds = np.arange(step / 2, num_available / fps + step / 2, step)
-    indices = np.around(seconds * fps).astype(np.int64)
-    return indices[indices < num_available][:max_frames]
-
-
-def at_fixed_rate(num_available: int, num_frames: int, fps: float, rate: float) -> np.ndarray:
-    """`at_rate` brought to T frames: the first T, or the last one again; the middle if none."""
-    _check(num_available, num_frames)
-    indices = at_rate(num_available, fps, rate, max_frames=num_frames)
-    if not len(indices):
-        indices = np.array([(num_available - 1) // 2], np.int64)
-    return _pad(indices, num_frames)
+# -- stretches of files ---------------------------------------------------------------------------
 
 
 def frame_range(
@@ -336,9 +268,11 @@ def frame_range(
     return chosen if num_available is None else np.minimum(chosen, num_available - 1)
 
 
-def _pad(indices: np.ndarray, num_frames: int) -> np.ndarray:
-    """Repeats the last index until there are T."""
-    return np.concatenate([indices, np.full(num_frames - len(indices), indices[-1])])
+def all_frames(num_available: int, num_frames: int, *_: object) -> np.ndarray:
+    """Every frame of a clip that was stored as so many: a rule for training and evaluation."""
+    if num_available != num_frames:
+        raise ValueError(f"{num_available} frames are not {num_frames}")
+    return np.arange(num_frames)
 
 
 # -- by name --------------------------------------------------------------------------------------

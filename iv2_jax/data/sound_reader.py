@@ -10,7 +10,7 @@ import av.error
 import numpy as np
 
 from iv2_jax.data import fbank, packets, pcm
-from iv2_jax.data.decode import DecodeError, largest_picture
+from iv2_jax.data.containers import DecodeError, largest_picture
 from iv2_jax.data.fbank import SAMPLE_RATE
 
 _SEEK_EARLY = 1.0  # seconds before a stretch, for decoders that need a run-up

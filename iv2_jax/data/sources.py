@@ -21,6 +21,7 @@ from iv2_jax.data.decode import DecodeError, VideoReader
 from iv2_jax.data.packed_files import PACKED_INDEX, example_clip, packed_shards, parse_example
 from iv2_jax.data.records import Clip, FieldError, clip_from_object
 from iv2_jax.data.stills import Box, FrameFolder, Still
+from iv2_jax.data.stored_frames import StoredFrames
 from iv2_jax.data.strings import Strings
 from iv2_jax.errors import DataError
 
@@ -209,27 +210,42 @@ class PackedSource:
         return f"{self._folder}[{index}]{path}"
 
     def open(self, index: int) -> Frames:
-        """Reads the clip's bytes and opens them."""
-        data, name = self.read_bytes(index), self.name(index)
+        """Reads the clip's bytes, or its stored frames, and opens them."""
+        values, name = parse_example(self._record(index)), self.name(index)
+        if values.get("frames"):
+            return StoredFrames(
+                values["frames"], values.get("seconds", []), name=name, end=self._seconds
+            )
+        data = self._file(values, index)
         if name.lower().endswith(stills.EXTENSIONS):
             return Still(data, name=name, crop=_crop(self._crops, index))
         return VideoReader(data, name=name, end=self._seconds)
 
     def sound(self, index: int) -> Sound:
-        """The sound file that was packed beside the clip, or the clip's own bytes."""
+        """The sound that was packed beside the clip, or the clip's own bytes."""
         values, name = parse_example(self._record(index)), self.name(index)
-        apart, own = (next(iter(values.get(k, [])), b"") for k in ("sound", "video"))
+        apart, own, file = (
+            next(iter(values.get(k, [])), b"") for k in ("sound", "video", "sound_path")
+        )
         if not apart and not own:
-            raise DecodeError(name, "is text alone, without sound")
-        from_video = not apart and not name.lower().endswith(SOUND_FILES)
-        end = None if apart else self._seconds
+            if not values.get("frames"):
+                raise DecodeError(name, "is text alone, without sound")
+            own = values["frames"][0]  # a file without a sound stream, as its video was
+        track = apart and not file  # of a video whose frames are stored
+        from_video = bool(track) or (not apart and not name.lower().endswith(SOUND_FILES))
+        end = self._seconds if track or not apart else None
         return Sound(apart or own, name, None, end, from_video)
 
     def read_bytes(self, index: int) -> bytes:
         """The stored file of one clip."""
-        data = next(iter(parse_example(self._record(index)).get("video", [])), b"")
+        return self._file(parse_example(self._record(index)), index)
+
+    def _file(self, values: dict[str, list[Any]], index: int) -> bytes:
+        """The stored file of an example."""
+        data = next(iter(values.get("video", [])), b"")
         if not data:
-            raise DecodeError(self.name(index), "is text alone, without a file")
+            kind = "stored frames" if values.get("frames") else "text alone"
+            raise DecodeError(self.name(index), f"is {kind}, without a file")
         return data
 
     def _records(self) -> Any:

@@ -26,6 +26,7 @@ import iv2_jax
 from iv2_jax.demo import alignment, answers, report
 from iv2_jax.demo.prepare import PreparedData, prepare
 from iv2_jax.errors import ConfigError, UserError
+from iv2_jax.parallel import cpu
 from iv2_jax.train.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,6 @@ DEFAULT_CONFIG = "configs/demo/stage1.py"
 # motion comes before what a single frame shows.
 HEADLINE_LABELS = ("action", "topic", "label", "game")
 CLIPS_A_CLASS = 5
-
-
-# glibc gives the large buffers of XLA's CPU steps back to the system after every step; keeping them
-# saves the page faults (2.13 -> 1.81 CPU seconds a step of an S/14 student, measured here).
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
 class DemoError(UserError):
@@ -170,7 +166,7 @@ class Timeline:
         self.commands.append("iv2 " + " ".join(map(shlex.quote, (verb, *arguments))))
         logger.info("$ %s", self.commands[-1])
         command = [sys.executable, "-m", "iv2_jax.cli", verb, *arguments]
-        code = subprocess.run(command, env={**MALLOC, **os.environ}).returncode
+        code = subprocess.run(command, env={**cpu.MALLOC, **os.environ}).returncode
         if code:
             raise DemoError(f"this ended with exit code {code}: {self.commands[-1]}")
 

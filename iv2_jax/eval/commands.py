@@ -1,5 +1,5 @@
-"""`iv2 eval`: probes of encoders, retrieval and zero-shot recognition of two-tower models, and
-questions to chat models.
+"""`iv2 eval`: probes of encoders, classifiers, retrieval and zero-shot recognition of two-tower
+models, and questions to chat models.
 """
 
 from __future__ import annotations
@@ -7,28 +7,29 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from iv2_jax.eval import choices_command
+from iv2_jax.eval import choices_command, classification_command
 from iv2_jax.eval.choices_command import CHAT
 
-TASKS = ("probe", "retrieval", "zero_shot", *CHAT)
+TASKS = ("probe", "classification", "retrieval", "zero_shot", *CHAT)
 _TWO_TOWERS = ("retrieval", "zero_shot")
+_HELD_OUT = (*_TWO_TOWERS, "classification")
 
 # Arguments that belong to some tasks only, with the value that means "not given".
 _BELONGS: dict[str, tuple[str, ...]] = {
-    "label": ("probe", "zero_shot"),
+    "label": ("probe", "zero_shot", "classification"),
     "train_split": ("probe",),
     "test_split": ("probe",),
     "no_random": ("probe",),
     "features": ("probe",),
-    "split": _TWO_TOWERS,
+    "split": _HELD_OUT,
     "media": _TWO_TOWERS,
     "tokenizer": (*_TWO_TOWERS, *CHAT),
     "max_length": _TWO_TOWERS,
     "segments": _TWO_TOWERS,
     "random": _TWO_TOWERS,
-    "ema": (*_TWO_TOWERS, *CHAT),
-    "format": (*_TWO_TOWERS, "answers"),
-    "prefix": _TWO_TOWERS,
+    "ema": (*_HELD_OUT, *CHAT),
+    "format": (*_HELD_OUT, "answers"),
+    "prefix": _HELD_OUT,
     "caption": ("retrieval",),
     "paragraph": ("retrieval",),
     "rerank": ("retrieval",),
@@ -40,6 +41,7 @@ _BELONGS: dict[str, tuple[str, ...]] = {
     "sheet_rows": ("retrieval",),
     "template": ("zero_shot", *CHAT),
     **choices_command.BELONGS,
+    **classification_command.BELONGS,
 }
 
 
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--out", help="write the table as JSON")
 
-    group = parser.add_argument_group("probe, zero_shot")
+    group = parser.add_argument_group("probe, zero_shot, classification")
     group.add_argument("--label", nargs="*", help="labels to probe for; the label of the classes")
 
     group = parser.add_argument_group("probe")
@@ -62,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-random", action="store_true", help="no rows of random weights")
     group.add_argument("--features", help="write features to this .npz")
 
-    group = parser.add_argument_group("retrieval, zero_shot; some also choices, answers")
+    group = parser.add_argument_group(
+        "retrieval, zero_shot; some also classification, choices, answers"
+    )
     group.add_argument("--split", help="of the clips; '' for all (default: the run's)")
     group.add_argument("--media", help="video, image, audio or audio_video (default: the run's)")
     group.add_argument(
@@ -101,10 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="texts with {} for the class name; name of a chat template (default: the run's)",
     )
     choices_command.add_arguments(parser)
+    classification_command.add_arguments(parser)
     parser.epilog = """\
 examples:
   iv2 eval --ckpt runs/demo/seed0 runs/demo/seed1 --label action game
   iv2 eval --ckpt runs/s1 --data clips.jsonl --label topic --out probe.json
+  iv2 eval --task classification --ckpt runs/ft --views 4 --crops 3 --by-class
   iv2 eval --task retrieval --ckpt runs/s2 --random --rerank 16 --sheet sheet.jpg
   iv2 eval --task retrieval --ckpt released_1b --data msrvtt_1k.json --prefix /data/msrvtt \\
       --tokenizer bert:vocab.txt --max-length 32 --rerank 128 --released-ground-truth
@@ -121,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     if args.task in CHAT:
         return _chat(args)
+    if args.task == "classification":
+        return _classification(args)
     return {"probe": _probe, "retrieval": _retrieval, "zero_shot": _zero_shot}[args.task](args)
 
 
@@ -146,7 +154,8 @@ def check(args: argparse.Namespace) -> None:
                 raise ConfigError(f"--{name.replace('_', '-')} needs --rerank")
     if args.sheet_rows is not None and not args.sheet:
         raise ConfigError("--sheet-rows needs --sheet")
-    for name in ("batch_size", "rerank", "segments", "sheet_rows", "max_new_tokens", "frames"):
+    sizes = ("batch_size", "rerank", "segments", "sheet_rows", "max_new_tokens", "frames")
+    for name in (*sizes, "views", "crops"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, is {value}")
@@ -156,12 +165,16 @@ def check(args: argparse.Namespace) -> None:
 
 def _probe(args: argparse.Namespace) -> int:
     """Linear and nearest-neighbour probes."""
+    import jax
     import numpy as np
 
+    from iv2_jax.errors import ConfigError
     from iv2_jax.eval import runner
     from iv2_jax.parallel.distributed import start
 
     start()
+    if jax.process_count() > 1:
+        raise ConfigError("--task probe is for one process: run it on one host")
     result = runner.evaluate(
         args.ckpt,
         data=args.data,
@@ -179,6 +192,8 @@ def _probe(args: argparse.Namespace) -> int:
 
 def _retrieval(args: argparse.Namespace) -> int:
     """Retrieval of every checkpoint; the sheet shows the first."""
+    import jax
+
     from iv2_jax.eval import retrieval_runs
     from iv2_jax.eval.retrieval_task import RetrievalOptions, evaluate_retrieval
     from iv2_jax.parallel.distributed import start
@@ -218,9 +233,9 @@ def _retrieval(args: argparse.Namespace) -> int:
         title = (
             f"{row.name}: text to {row.data.media}, R@1 {row.result.metrics[f'{best}/t2v_r1']:.1f}"
         )
-        retrieval_sheet(row.result, row.data, rows=args.sheet_rows or 8, title=title).save(
-            args.sheet
-        )
+        sheet = retrieval_sheet(row.result, row.data, rows=args.sheet_rows or 8, title=title)
+        if jax.process_index() == 0:
+            sheet.save(args.sheet)
     return 0
 
 
@@ -254,8 +269,20 @@ def _zero_shot(args: argparse.Namespace) -> int:
     return 0
 
 
+def _classification(args: argparse.Namespace) -> int:
+    """Accuracy of classifiers."""
+    from iv2_jax.parallel.distributed import start
+
+    start()
+    _write_json(args.out, classification_command.run_classification(args, _all_devices()))
+    return 0
+
+
 def _chat(args: argparse.Namespace) -> int:
     """Questions to chat models."""
+    from iv2_jax.parallel.distributed import start
+
+    start()  # several processes are told apart, and refused
     run_task = {
         "choices": choices_command.run_choices,
         "answers": choices_command.run_answers,

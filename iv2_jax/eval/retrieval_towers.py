@@ -27,6 +27,7 @@ from iv2_jax.models.clip import ClipConfig, SmallClipConfig
 from iv2_jax.models.stage2 import Stage2, Stage2Config, join_tokens
 from iv2_jax.models.text.bert_layers import Versions
 from iv2_jax.parallel import rules
+from iv2_jax.parallel.distributed import put
 from iv2_jax.parallel.mesh import (
     BATCH_AXES,
     MeshConfig,
@@ -294,7 +295,7 @@ def _place(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
     ):
         return params
     tree, _ = rules.shardings(kinds.of(config).boxed_params(config), mesh)
-    return jax.tree.map(jax.device_put, params, tree)
+    return jax.tree.map(put, params, tree)
 
 
 def _local_rows(array: jax.Array) -> np.ndarray:

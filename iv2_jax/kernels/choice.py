@@ -13,15 +13,26 @@ import jax
 import jax.numpy as jnp
 
 from iv2_jax.errors import ConfigError
+from iv2_jax.kernels import short_plan
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("xla", "pallas", "pallas_interpret", "cudnn")
+# Forms that end in "_interpret" run a TPU kernel step by step in XLA, on any platform (tests).
+BACKENDS = ("xla", "short", "short_interpret", "splash", "splash_interpret", "cudnn")
+# Other names that a user may know a kernel by.
+ALIASES = {
+    "plain": "xla",
+    "flash": "splash",
+    "pallas": "splash",
+    "flash_interpret": "splash_interpret",
+    "pallas_interpret": "splash_interpret",
+}
 ENVIRONMENT = "IV2_ATTENTION"
-# Below these the padded blocks of the kernel cost more than the scores they save. Estimates: no
+# Below these the padded tiles of the kernels cost more than the scores they save. Estimates: no
 # TPU was at hand to measure on.
-PALLAS_MIN_QUERIES = 128
-PALLAS_MIN_KEYS = 1024
+KERNEL_MIN_QUERIES = 128
+SHORT_MIN_KEYS = 128
+SPLASH_MIN_KEYS = 1024
 
 _preferred = contextvars.ContextVar("attention_backend", default="auto")
 _platform = contextvars.ContextVar("platform", default="")
@@ -43,6 +54,17 @@ def trace_for(platform: str) -> Iterator[None]:
         _platform.reset(token)
 
 
+def device_kind() -> str | None:
+    """The kind of device that is traced for, such as "TPU v5"; None where nothing tells.
+
+    That of the mesh in the context, or the default devices' if they are of the platform.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described.device_kind
+    return jax.devices()[0].device_kind if target_platform() == jax.default_backend() else None
+
+
 def target_platform() -> str:
     """The platform that is traced for: that of `trace_for`, or the default devices'."""
     return _platform.get() or jax.default_backend()
@@ -56,7 +78,7 @@ def prefer_backend(name: str) -> Iterator[None]:
     environment variable `IV2_ATTENTION` does the same for a whole process.
 
     Args:
-        name: one of `BACKENDS`, or 'auto'.
+        name: one of `BACKENDS` or `ALIASES`, or 'auto'.
 
     Raises:
         ConfigError: the name is not known.
@@ -80,8 +102,9 @@ def choose_backend(
 ) -> str:
     """Picks the kernel of one attention; the choice is logged, each only once.
 
-    On TPU the Pallas kernel from `PALLAS_MIN_KEYS` keys, on GPU cuDNN's, where they can do what is
-    asked (`obstacle`); plain XLA otherwise.
+    On TPU the kernel for short sequences up to `short_plan.MAX_LENGTH` keys and splash attention
+    above, on GPU cuDNN's, where they can do what is asked (`obstacle`) and pay; plain XLA
+    otherwise.
 
     Args:
         q: `(B, N, h, d)`; only shape and dtype are looked at.
@@ -99,7 +122,8 @@ def choose_backend(
         ConfigError: the backend is not known.
         ValueError: the backend asked for by `backend` cannot do it; the message says why.
     """
-    if _known(backend, "attention backend") != "auto":
+    backend = _known(backend, "attention backend")
+    if backend != "auto":
         problem = problem or obstacle(backend, q, k, bias=bias, mask=mask)
         if problem and backend != "xla":
             raise ValueError(f"attention backend {backend!r}: {problem}; use 'xla' or 'auto'")
@@ -108,17 +132,21 @@ def choose_backend(
     if preferred == "auto":
         preferred = _known(os.environ.get(ENVIRONMENT, "auto"), f"${ENVIRONMENT}")
     platform = platform or target_platform()
-    choice = preferred
-    if preferred == "auto":
-        choice = {"tpu": "pallas", "gpu": "cudnn"}.get(platform, "xla")
-    if choice == "xla":
-        problem = None
-    problem = problem or obstacle(choice, q, k, bias=bias, mask=mask)
-    if not problem and preferred == "auto" and choice == "pallas":
-        problem = _not_worth_it(q, k) or _cannot_split()
+    candidates = {"tpu": ("short", "splash"), "gpu": ("cudnn",)}.get(platform, ())
+    if preferred != "auto":
+        candidates = () if preferred == "xla" else (preferred,)
+    choice, problems = "xla", []
+    for name in candidates:
+        why = problem or obstacle(name, q, k, bias=bias, mask=mask)
+        if not why and preferred == "auto" and name != "cudnn":
+            why = _not_worth_it(name, q, k) or _cannot_split()
+        if not why:
+            choice = name
+            break
+        problems.append(f"not {name}: {why}")
     case = f"{platform}, {q.shape[1]} queries, {k.shape[1]} keys, heads of {q.shape[3]}, {q.dtype}"
-    _log_once(f"attention ({case}): " + (f"xla, not {choice}: {problem}" if problem else choice))
-    return "xla" if problem else choice
+    _log_once(f"attention ({case}): " + "; ".join([choice, *problems]))
+    return choice
 
 
 def obstacle(
@@ -138,6 +166,23 @@ def obstacle(
         return _cudnn_obstacle(q, k, mask)
     if mask is not None and mask.shape[1:3] != (1, 1):
         return f"the kernel hides keys by sample only, the mask is {mask.shape}"
+    return None if backend.startswith("splash") else _short_obstacle(backend, q, k)
+
+
+def _short_obstacle(
+    backend: str, q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct
+) -> str | None:
+    """The limits of the kernel for short sequences."""
+    longest = max(q.shape[1], k.shape[1])
+    if longest > short_plan.MAX_LENGTH:
+        return f"{longest} tokens are more than {short_plan.MAX_LENGTH}"
+    dtype = jnp.result_type(q.dtype, k.dtype)
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the kernel takes float32 and bfloat16, not {dtype}"
+    vmem = short_plan.vmem_bytes(device_kind(), backend == "short_interpret")
+    shape = (q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+    if short_plan.plan(*shape, itemsize=dtype.itemsize, causal=False, vmem=vmem) is None:
+        return f"a head does not fit {vmem >> 20} MiB of on-chip memory"
     return None
 
 
@@ -163,11 +208,12 @@ def _cudnn_obstacle(
 
 
 def _not_worth_it(
-    q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct
+    name: str, q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct
 ) -> str | None:
-    """Why the Pallas kernel would not pay, or None."""
-    if q.shape[1] < PALLAS_MIN_QUERIES or k.shape[1] < PALLAS_MIN_KEYS:
-        return f"fewer than {PALLAS_MIN_QUERIES} queries or {PALLAS_MIN_KEYS} keys"
+    """Why a TPU kernel would not pay, or None."""
+    least = SHORT_MIN_KEYS if name == "short" else SPLASH_MIN_KEYS
+    if q.shape[1] < KERNEL_MIN_QUERIES or k.shape[1] < least:
+        return f"fewer than {KERNEL_MIN_QUERIES} queries or {least} keys"
     return None
 
 
@@ -179,13 +225,15 @@ def _cannot_split() -> str | None:
 
 
 def _known(name: str, where: str) -> str:
-    """Returns `name` if it names a backend or 'auto'.
+    """The backend that `name` stands for, or 'auto'.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it stands for none.
     """
+    name = ALIASES.get(name, name)
     if name != "auto" and name not in BACKENDS:
-        raise ConfigError(f"{where} is {name!r}: choose 'auto' or one of {', '.join(BACKENDS)}")
+        names = ", ".join(BACKENDS)
+        raise ConfigError(f"{where} is {name!r}: choose 'auto' or one of {names}")
     return name
 
 

@@ -1,9 +1,9 @@
 """Flash attention on TPU: JAX's Pallas splash kernel behind our layout, lengths and head sizes.
 
 The scores never reach the memory of the chip, so memory grows with the number of tokens instead
-of its square. The kernel wants lengths that are multiples of its blocks and is laid out for head
-sizes that are multiples of 128: queries, keys and values are padded with zeros up to both (88 to
-128 and 200 to 256 for the 1B and 6B encoders), padded keys are hidden and the rest is cut off.
+of its square. The kernel wants lengths that are multiples of its blocks: queries, keys and values
+are padded with zeros up to them, padded keys are hidden and the rest is cut off. Heads are of any
+size (88 and 200 in the 1B and 6B encoders).
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import AxisType, PartitionSpec
 
-from iv2_jax.parallel.mesh import BATCH_AXES
+from iv2_jax.kernels.mesh import on_each_device
 
-LANES = 128
 # Edges of a tile of scores, largest first; 512 x 512 in float32 is 1 MB of on-chip memory.
 _BLOCKS = (512, 384, 256, 128)
 
@@ -33,8 +31,7 @@ def attend(
 ) -> jax.Array:
     """Attention by the splash kernel; differentiable.
 
-    A kernel cannot be split by the partitioner: under a mesh set with `jax.set_mesh` this runs in
-    a `shard_map`, samples over the batch axes and heads over `tensor` where they divide.
+    Under a mesh set with `jax.set_mesh` it runs in a `shard_map` (`kernels/mesh.py`).
 
     Args:
         q: `(B, N, h, d)`.
@@ -64,30 +61,7 @@ def attend(
         own = segments if has_segments else None
         return _attend_local(q * scale, k, v, visible, own, has_mask, causal, interpret)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and any(t != AxisType.Manual for t in mesh.axis_types):
-        rows, heads = _shard_axes(mesh, batch, k.shape[2])
-        spec = PartitionSpec(rows, None, heads, None)
-        local = jax.shard_map(
-            local,
-            in_specs=(spec, spec, spec, PartitionSpec(rows, None), PartitionSpec(rows, None)),
-            out_specs=spec,
-            check_vma=False,  # the kernel does not say what its outputs vary over
-        )
-    return local(q, k, v, visible, segments)
-
-
-def _shard_axes(
-    mesh: jax.sharding.AbstractMesh, batch: int, groups: int
-) -> tuple[tuple[str, ...] | None, str | None]:
-    """Mesh axes of samples and of heads; an axis that does not divide is left whole."""
-    rows: tuple[str, ...] = ()
-    shards = 1
-    for axis in BATCH_AXES:
-        if axis in mesh.axis_names and batch % (shards * mesh.shape[axis]) == 0:
-            rows, shards = (*rows, axis), shards * mesh.shape[axis]
-    tensor = mesh.shape.get("tensor", 1)
-    return rows or None, "tensor" if tensor > 1 and groups % tensor == 0 else None
+    return on_each_device(local, batch, k.shape[2])((q, k, v), (visible, segments))
 
 
 def block_size(length: int) -> int:
@@ -132,13 +106,12 @@ def _attend_local(
     interpret: bool,
 ) -> jax.Array:
     """The rows and heads of one device; `q` is scaled, `visible` is bool (B, M)."""
-    (_, queries, heads, head_dim), keys = q.shape, k.shape[1]
+    (_, queries, heads, _), keys = q.shape, k.shape[1]
     full_q, full_k = (_round_up(n, block_size(n)) for n in (queries, keys))
-    width = _round_up(head_dim, LANES)
 
     def padded(x: jax.Array, length: int) -> jax.Array:
-        """(B, n, h, d) as (B, h, length, width), zeros where there was nothing."""
-        rest = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, width - head_dim))
+        """(B, n, h, d) as (B, h, length, d), zeros where there was nothing."""
+        rest = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))
         return jnp.pad(x, rest).swapaxes(1, 2)
 
     kernel = _kernel(heads, full_q, full_k, causal, interpret)
@@ -154,7 +127,7 @@ def _attend_local(
         out = jax.vmap(kernel)(*arrays, ids)
     else:
         out = jax.vmap(kernel)(*arrays)
-    out = out.swapaxes(1, 2)[:, :queries, :, :head_dim]
+    out = out.swapaxes(1, 2)[:, :queries]
     if has_mask:
         # Under a causal mask a query is empty when all keys up to it are hidden.
         seen = jnp.cumsum(visible, axis=1) > 0 if causal else jnp.any(visible, 1, keepdims=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from iv2_jax.kernels import plain
 from iv2_jax.kernels.choice import choose_backend
@@ -18,6 +19,10 @@ from iv2_jax.models.layers import (
     RMSNorm,
     kernel_init,
 )
+from iv2_jax.parallel.mesh import splits_heads
+
+# Name of the output before the last map, for rematerialisation policies.
+ATTENTION_OUTPUT = "attention"
 
 
 def dot_product_attention(
@@ -48,7 +53,7 @@ def dot_product_attention(
         scale: factor of the scores; None for `d ** -0.5`.
         causal: query i attends to keys 0..i only; needs N == M (with a cache, pass `mask`).
         dropout: applied to the weights `(B, h, N, M)`; plain XLA alone can do that.
-        backend: 'auto', or one of `kernels.choice.BACKENDS` to force it.
+        backend: 'auto', or one of `kernels.choice.BACKENDS` or `ALIASES` to force it.
 
     Returns:
         `(B, N, h, d)` in the dtype of `v`; the softmax is float32. A query whose keys are all
@@ -64,13 +69,13 @@ def dot_product_attention(
     problem = "weights with dropout exist in plain XLA only" if dropout is not None else None
     chosen = choose_backend(q, k, bias=bias, mask=mask, backend=backend, problem=problem)
     common = {"scale": scale, "causal": causal}
-    if chosen in ("pallas", "pallas_interpret"):
+    if chosen not in ("xla", "cudnn"):
         # Imported here: most machines never use them, and Pallas takes a while to import.
-        from iv2_jax.kernels import flash_tpu
+        from iv2_jax.kernels import flash_tpu, short_tpu
 
-        interpret = chosen == "pallas_interpret"
+        kernel = short_tpu if chosen.startswith("short") else flash_tpu
         common |= {"mask": mask, "segments": segments}
-        return flash_tpu.attend(q, k, v, interpret=interpret, **common)
+        return kernel.attend(q, k, v, interpret=chosen.endswith("_interpret"), **common)
     if segments is not None:
         same = (segments[:, :, None] == segments[:, None, :])[:, None]
         mask = same if mask is None else mask & same
@@ -144,9 +149,11 @@ class Attention(nn.Module):
     out_init: Initializer = kernel_init
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `(B, N, width)` to `(B, N, width)`."""
+    def __call__(self, x: jax.Array, *, out_scale: jax.Array | None = None) -> jax.Array:
+        """Maps `(B, N, width)` to `(B, N, width)`, times `out_scale` `(width,)` if given."""
         heads = (self.num_heads, self.width // self.num_heads)
+        # Split heads stay an axis of their own; whole ones lie side by side, without padding.
+        flat = not splits_heads()
         qkv = Linear(
             (self.width,),
             (3, *heads),
@@ -154,12 +161,18 @@ class Attention(nn.Module):
             (None, "heads", "head_dim"),
             use_bias=self.qkv_bias,
             precision=self.precision,
+            flat=flat,
             name="qkv",
         )(x)
-        q, k, v = (qkv[:, :, i] for i in range(3))
+        q, k, v = jnp.split(qkv, 3, axis=-1) if flat else (qkv[:, :, i] for i in range(3))
         if self.qk_norm:
-            q = RMSNorm(self.width, precision=self.precision, name="q_norm")(q, num_axes=2)
-            k = RMSNorm(self.width, precision=self.precision, name="k_norm")(k, num_axes=2)
+            axes = 1 if flat else 2
+            q = RMSNorm(self.width, precision=self.precision, name="q_norm")(q, num_axes=axes)
+            k = RMSNorm(self.width, precision=self.precision, name="k_norm")(k, num_axes=axes)
+        q, k, v = (part.reshape(*x.shape[:2], *heads) for part in (q, k, v))
+        mixed = dot_product_attention(q, k, v)
+        mixed = mixed.reshape(x.shape) if flat else mixed
+        mixed = checkpoint_name(mixed, ATTENTION_OUTPUT)
         return Linear(
             heads,
             (self.width,),
@@ -167,8 +180,9 @@ class Attention(nn.Module):
             ("embed",),
             precision=self.precision,
             kernel_init=self.out_init,
+            flat=flat,
             name="proj",
-        )(dot_product_attention(q, k, v))
+        )(mixed, out_scale=out_scale)
 
 
 class AttentionPool(nn.Module):

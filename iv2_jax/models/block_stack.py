@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from iv2_jax.errors import ConfigError
-from iv2_jax.models.attention import Attention
+from iv2_jax.models.attention import ATTENTION_OUTPUT, Attention
 from iv2_jax.models.layers import (
     DropPath,
     Initializer,
@@ -22,9 +23,17 @@ from iv2_jax.models.layers import (
     kernel_init,
 )
 
+RESIDUAL = "residual"  # name of the residual stream between a block's halves
+
+_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+# What is kept for the backward pass, most first. Of what a policy keeps only that is stored which
+# the backward pass reads.
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "named": jax.checkpoint_policies.save_from_both_policies(
+        _dots, jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT, RESIDUAL)
+    ),
+    "dots": _dots,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -55,6 +64,8 @@ class Block(nn.Module):
         layer_scale_init: starting value of both LayerScale factors.
         tanh_gelu: tanh form of GELU in the MLP.
         precision: dtypes.
+        fold_layer_scale: multiply LayerScale into the weights of the map before it, in float32.
+            The same function; the backward pass then has no use for that map's output.
     """
 
     width: int
@@ -65,6 +76,7 @@ class Block(nn.Module):
     layer_scale_init: float = 1e-5
     tanh_gelu: bool = True
     precision: Precision = Precision()
+    fold_layer_scale: bool = False
 
     @nn.compact
     def __call__(
@@ -85,8 +97,7 @@ class Block(nn.Module):
         """
         out_init = depth_scaled(kernel_init, layer)
         common = {"precision": self.precision}
-        branch = RMSNorm(self.width, name="norm1", **common)(x)
-        branch = Attention(
+        attention = Attention(
             self.width,
             self.num_heads,
             qkv_bias=self.qkv_bias,
@@ -94,15 +105,23 @@ class Block(nn.Module):
             out_init=out_init,
             name="attn",
             **common,
-        )(branch)
-        branch = LayerScale(self.width, self.layer_scale_init, name="ls1", **common)(branch)
-        x = x + DropPath(name="drop_path1")(branch, drop_rate)
-        branch = RMSNorm(self.width, name="norm2", **common)(x)
-        branch = Mlp(
+        )
+        mlp = Mlp(
             self.width, self.mlp_width, self.tanh_gelu, out_init=out_init, name="mlp", **common
-        )(branch)
-        branch = LayerScale(self.width, self.layer_scale_init, name="ls2", **common)(branch)
-        return x + DropPath(name="drop_path2")(branch, drop_rate)
+        )
+        x = x + DropPath(name="drop_path1")(self._branch(1, attention, x), drop_rate)
+        x = checkpoint_name(x, RESIDUAL)
+        return x + DropPath(name="drop_path2")(self._branch(2, mlp, x), drop_rate)
+
+    def _branch(self, number: int, layer: nn.Module, x: jax.Array) -> jax.Array:
+        """Norm, `layer` and LayerScale: one half of the block without its residual."""
+        normed = RMSNorm(self.width, name=f"norm{number}", precision=self.precision)(x)
+        scale = LayerScale(
+            self.width, self.layer_scale_init, name=f"ls{number}", precision=self.precision
+        )
+        if self.fold_layer_scale:
+            return layer(normed, out_scale=scale(None))
+        return scale(layer(normed))
 
 
 def resolve_layers(layers: tuple[int, ...], depth: int, field: str) -> tuple[int, ...]:
@@ -125,6 +144,29 @@ def resolve_layers(layers: tuple[int, ...], depth: int, field: str) -> tuple[int
     if any(a >= b for a, b in itertools.pairwise(resolved)):
         raise ConfigError(f"{field}={layers}: list blocks in ascending order, each once")
     return resolved
+
+
+@jax.custom_vjp
+def _collect(features: jax.Array, x: jax.Array, slot: jax.Array) -> jax.Array:
+    """Writes `x` `(...)` to `features[slot]` `(K + 1, ...)`, of which `[:K]` are written once.
+
+    Hence gradients of the features are those of the blocks' outputs as they are; the general rule
+    would clear a slot's in every block.
+    """
+    return jax.lax.dynamic_update_index_in_dim(features, x, slot, axis=0)
+
+
+def _collect_forward(
+    features: jax.Array, x: jax.Array, slot: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _collect(features, x, slot), slot
+
+
+def _collect_backward(slot: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    return grad, jax.lax.dynamic_index_in_dim(grad, slot, axis=0, keepdims=False), None
+
+
+_collect.defvjp(_collect_forward, _collect_backward)
 
 
 def scan_blocks(
@@ -154,8 +196,9 @@ def scan_blocks(
         return_layers: blocks whose outputs are collected, ascending, in [0, depth).
         drop_path_rate: DropPath probability of the last block; it grows linearly from 0 at the
             first block. Active only when `train`.
-        remat: what the backward pass recomputes inside a block: 'none', 'dots' (everything but
-            matrix products) or 'full'.
+        remat: what the backward pass recomputes inside a block: 'none', 'named' (everything but
+            matrix products, attention's output and the residual stream between halves), 'dots'
+            (everything but matrix products) or 'full'.
         unroll: blocks in one loop iteration.
         train: draws DropPath from the rng stream `droppath`.
         call: `(block, x, layer, drop_rate) -> x`, for blocks that are called otherwise, such as
@@ -186,7 +229,7 @@ def scan_blocks(
         layer, slot, rate = xs
         x = apply_block(mdl, x, layer, rate)
         if features is not None:
-            features = jax.lax.dynamic_update_index_in_dim(features, x, slot, axis=0)
+            features = _collect(features, x, slot)
         return (x, features), None
 
     scan = nn.scan(

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from iv2_jax.errors import ConfigError
+from iv2_jax.models.int8 import Int8Kernel, contract
 from iv2_jax.models.lora import LoraConfig
 from iv2_jax.parallel.mesh import keep_rows_split
 
@@ -73,6 +75,9 @@ class Linear(nn.Module):
         kernel_init: initializer of `kernel` (shape `in_shape + out_shape`).
         lora: adds a low-rank adapter, `lora_a` and `lora_b`, always kept and computed in float32
             (spec stage 3, 6.4); it starts as zero. None adds nothing.
+        flat: takes and gives the trailing axes as one, `(..., prod(in_shape))` to
+            `(..., prod(out_shape))`. Heads of 88 are no whole tiles of a TPU's memory, all heads
+            side by side are.
     """
 
     in_shape: tuple[int, ...]
@@ -83,15 +88,20 @@ class Linear(nn.Module):
     precision: Precision = Precision()
     kernel_init: Initializer = kernel_init
     lora: LoraConfig | None = None
+    flat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, *, out_scale: jax.Array | None = None
+    ) -> jax.Array:
         """Maps `(..., *in_shape)` to `(..., *out_shape)` in the compute dtype.
 
         `train` switches on the adapter's dropout, which draws from the rng stream `dropout`.
+        `out_scale`, of the shape `out_shape`, multiplies the output by way of kernel and bias, in
+        float32: nothing of the output's size is multiplied, forward or backward.
         """
         dtype = self.precision.compute_dtype
-        rows = x.ndim > len(self.in_shape)
+        rows = x.ndim > (1 if self.flat else len(self.in_shape))
         x = keep_rows_split(x) if rows else x
         kernel = self.param(
             "kernel",
@@ -99,7 +109,11 @@ class Linear(nn.Module):
             (*self.in_shape, *self.out_shape),
             jnp.dtype(self.precision.param_dtype),
         )
-        y = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), axes=len(self.in_shape))
+        if (self.flat or out_scale is not None) and self.lora is not None:
+            raise ValueError("a map with an adapter is neither flat nor scaled")
+        if out_scale is not None:
+            kernel = _scaled(kernel, out_scale)
+        y = self._product(x, kernel)
         if self.use_bias:
             bias = self.param(
                 "bias",
@@ -107,10 +121,23 @@ class Linear(nn.Module):
                 self.out_shape,
                 jnp.dtype(self.precision.param_dtype),
             )
-            y = y + bias.astype(dtype)
+            if out_scale is not None:
+                bias = _scaled(bias, out_scale)
+            y = y + (bias.reshape(-1) if self.flat else bias).astype(dtype)
         if self.lora is not None:
             y = (y + self._adapter(x, self.lora, train)).astype(dtype)
         return keep_rows_split(y) if rows else y
+
+    def _product(self, x: jax.Array, kernel: Any) -> jax.Array:
+        """The product without bias; a flat one is of two-dimensional arrays."""
+        dtype = self.precision.compute_dtype
+        if not self.flat:
+            return contract(x, kernel, len(self.in_shape), dtype)
+        if isinstance(kernel, Int8Kernel):
+            return contract(x, kernel.flat(len(self.in_shape)), 1, dtype)
+        # Cast first: it is the narrower kernel that is laid out anew.
+        kernel = kernel.astype(dtype).reshape(math.prod(self.in_shape), -1)
+        return contract(x, kernel, 1, dtype)
 
     def _adapter(self, x: jax.Array, config: LoraConfig, train: bool) -> jax.Array:
         """The adapter's share of the output, float32."""
@@ -135,6 +162,14 @@ class Linear(nn.Module):
         x = nn.Dropout(config.dropout)(x.astype(jnp.float32), deterministic=not train)
         x = jnp.tensordot(x, a, axes=len(self.in_shape))
         return jnp.tensordot(x, b, axes=1) * config.scale
+
+
+def _scaled(weights: Any, factors: jax.Array) -> Any:
+    """Weights `(..., *out)` times float factors of the shape `out`, in float32."""
+    factors = factors.astype(jnp.float32)
+    if isinstance(weights, Int8Kernel):
+        return weights.replace(scale=weights.scale * factors)
+    return weights.astype(jnp.float32) * factors
 
 
 class RMSNorm(nn.Module):
@@ -212,14 +247,16 @@ class LayerScale(nn.Module):
     precision: Precision = Precision()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Scales `(..., width)`; returns the compute dtype."""
+    def __call__(self, x: jax.Array | None) -> jax.Array:
+        """Scales `(..., width)`; returns the compute dtype. None gives the factors `(width,)`."""
         gamma = self.param(
             "gamma",
             boxed(nn.initializers.constant(self.init), "embed"),
             (self.width,),
             jnp.dtype(self.precision.param_dtype),
         )
+        if x is None:
+            return gamma
         scaled = x.astype(jnp.float32) * gamma.astype(jnp.float32)
         return scaled.astype(self.precision.compute_dtype)
 
@@ -266,8 +303,8 @@ class Mlp(nn.Module):
     out_init: Initializer = kernel_init
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `(..., width)` to `(..., width)`."""
+    def __call__(self, x: jax.Array, *, out_scale: jax.Array | None = None) -> jax.Array:
+        """Maps `(..., width)` to `(..., width)`, times `out_scale` `(width,)` if given."""
         inner, outer = ((self.width,), ("embed",)), ((self.hidden,), ("mlp",))
         x = Linear(inner[0], outer[0], inner[1], outer[1], precision=self.precision, name="fc1")(x)
         x = jax.nn.gelu(x, approximate=self.tanh_gelu)
@@ -279,7 +316,7 @@ class Mlp(nn.Module):
             precision=self.precision,
             kernel_init=self.out_init,
             name="fc2",
-        )(x)
+        )(x, out_scale=out_scale)
 
 
 def unit_length(x: jax.Array) -> jax.Array:

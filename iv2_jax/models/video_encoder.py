@@ -48,7 +48,9 @@ class EncoderConfig:
             alone; 'own' learns a table for images, `img_pos_embed` (spec stage2 2).
         pool: has the attentive pool; without it (the chat models) `pooled` is None.
         tanh_gelu: tanh form of GELU in the blocks; the released weights need it (spec 2.6).
-        remat: what the backward pass recomputes: 'none', 'dots' or 'full'.
+        remat: what the backward pass recomputes: 'none', 'named', 'dots' or 'full' (see
+            `scan_blocks`). 'named' keeps as much as 'dots', other tensors: LayerScale is multiplied
+            into the weights, so that its input need not be kept.
         scan_unroll: blocks in one iteration of the scan over depth.
         precision: dtypes.
 
@@ -287,6 +289,7 @@ class VideoEncoder(nn.Module):
             layer_scale_init=c.layer_scale_init,
             tanh_gelu=c.tanh_gelu,
             precision=c.precision,
+            fold_layer_scale=c.remat == "named",
         )
         if c.pool:
             self.pool = AttentionPool(c.width, c.pool_heads, c.pool_width, c.precision)
@@ -352,10 +355,20 @@ class VideoEncoder(nn.Module):
         Raises:
             ConfigError: the video does not have the size the config says, or a layer is unknown.
         """
+        tokens, features = self.run_blocks(
+            self.embed(video, visible), return_layers=return_layers, train=train
+        )
+        pooled, attention = self.pool(tokens) if self.config.pool else (None, None)
+        return EncoderOutput(tokens, pooled, attention, features)
+
+    def run_blocks(
+        self, tokens: jax.Array, *, return_layers: tuple[int, ...] = (), train: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Runs the blocks on `(B, N, D)`: tokens of the last, features `(K, B, N, D)` or None."""
         c = self.config
-        tokens, features = scan_blocks(
+        return scan_blocks(
             self.blocks,
-            self.embed(video, visible),
+            tokens,
             depth=c.depth,
             return_layers=resolve_layers(return_layers, c.depth, "return_layers"),
             drop_path_rate=c.drop_path_rate,
@@ -363,8 +376,6 @@ class VideoEncoder(nn.Module):
             unroll=c.scan_unroll,
             train=train,
         )
-        pooled, attention = self.pool(tokens) if c.pool else (None, None)
-        return EncoderOutput(tokens, pooled, attention, features)
 
     def _checked(self, video: jax.Array) -> jax.Array:
         """Refuses a video of another size than the config's."""

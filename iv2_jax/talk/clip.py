@@ -13,8 +13,8 @@ import numpy as np
 
 from iv2_jax.data import packets
 from iv2_jax.data.closing import Closing
+from iv2_jax.data.containers import DecodeError, largest_picture, open_container
 from iv2_jax.data.data_config import DataConfig
-from iv2_jax.data.decode import DecodeError, largest_picture, open_container
 from iv2_jax.data.instruct.conversations import kind_of
 from iv2_jax.data.instruct.talk import TalkConfig
 from iv2_jax.data.rows import load_views, sampling_rule

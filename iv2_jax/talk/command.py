@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from typing import Any
 
 from iv2_jax.errors import ConfigError
 
@@ -97,11 +98,19 @@ def run(args: argparse.Namespace) -> int:
             instruction=args.system,
             context=args.context,
             dtype=args.dtype,
+            devices=_devices(),
         )
     if args.serve:
         serving.serve(model, options, args.video, host=args.host, port=args.port)
         return 0
     return _in_terminal(args, model, options)
+
+
+def _devices() -> list[Any]:
+    """This machine's; weights that one of them cannot hold are split over all."""
+    import jax
+
+    return jax.local_devices()
 
 
 def _in_terminal(args: argparse.Namespace, model: object, options: object) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,14 @@ from iv2_jax.data.instruct.sequence import SequenceBuilder, TokenSequence
 from iv2_jax.data.instruct.talk import TalkConfig
 from iv2_jax.errors import ConfigError
 from iv2_jax.eval.chat_runs import ChatModel, open_chat, with_views
-from iv2_jax.models import lora
+from iv2_jax.models import kinds, lora
 from iv2_jax.models.chat import Chat, ChatConfig
 from iv2_jax.models.decoding import GenerationConfig, unstacked
 from iv2_jax.models.layers import Precision
 from iv2_jax.models.llm import Llm
 from iv2_jax.models.streaming import stream
+from iv2_jax.parallel import rules
+from iv2_jax.parallel.mesh import MeshConfig, make_mesh
 from iv2_jax.talk.clip import SeenClip
 
 POSITIONS = 4096  # of prompt and answer, where the language model names no bound
@@ -87,6 +89,7 @@ class TalkModel:
         instruction: str | None = None,
         context: int | None = None,
         dtype: str | None = None,
+        devices: Sequence[jax.Device] = (),
     ) -> None:
         """Makes an opened model ready.
 
@@ -97,6 +100,7 @@ class TalkModel:
           instruction: system text; None as trained.
           context: see the attribute; None for the language model's own bound, else 4096.
           dtype: `bfloat16` or `float32` for weights and products; None as the checkpoint says.
+          devices: that the weights are split over; none or one for the default one.
 
         Raises:
           ConfigError: the model sees no clips, or a value does not fit it.
@@ -126,9 +130,8 @@ class TalkModel:
                 f"--context {self.context}: must be from 2 to the model's {bound or 'own bound'}"
             )
         self.eos_ids = self._ends()
-        llm = unstacked(params["llm"]) if jax.default_backend() == "cpu" else params["llm"]
         self._compiled: set[tuple[int, GenerationConfig]] = set()
-        self._params = jax.device_put({**params, "llm": llm})
+        self._params = _placed(config, params, devices)
         self._llm = Llm(config.llm)
 
     @property
@@ -230,12 +233,38 @@ def open_model(
     instruction: str | None = None,
     context: int | None = None,
     dtype: str | None = None,
+    devices: Sequence[jax.Device] = (),
 ) -> TalkModel:
     """Opens a checkpoint for talking; arguments as of `open_chat` and `TalkModel`."""
     run = open_chat(path, tokenizer=tokenizer, template=template, ema=ema)
     return TalkModel(
-        run, frames=frames, tiles=tiles, instruction=instruction, context=context, dtype=dtype
+        run,
+        frames=frames,
+        tiles=tiles,
+        instruction=instruction,
+        context=context,
+        dtype=dtype,
+        devices=devices,
     )
+
+
+def _placed(config: ChatConfig, params: Any, devices: Sequence[jax.Device]) -> Any:
+    """Parameters on one device, or split over several by the package's table.
+
+    As many devices as the key heads divide over share each layer's work, which the single row of
+    a batch does not divide otherwise; beyond that they hold parts of the weights.
+    """
+    if len(devices) < 2:
+        on_cpu = jax.default_backend() == "cpu"
+        llm = unstacked(params["llm"]) if on_cpu else params["llm"]
+        return jax.device_put({**params, "llm": llm})
+    decoder = config.llm.decoder
+    tensor = math.gcd(len(devices), decoder.num_kv_heads or decoder.num_heads)
+    # What does not divide is whole everywhere: no error to talk with.
+    shape = MeshConfig(data=1, fsdp=-1, tensor=tensor, allow_replicated=(".*",))
+    boxed = kinds.of(config).boxed_params(config)
+    tree, _ = rules.shardings(boxed, make_mesh(shape, devices), shape)
+    return jax.device_put(params, tree)
 
 
 @partial(jax.jit, static_argnames="model")

@@ -31,7 +31,7 @@ import numpy as np
 from iv2_jax.data.mixing import MIXED
 from iv2_jax.data.modalities import WITH_PICTURES, WITH_SOUND
 from iv2_jax.errors import ConfigError
-from iv2_jax.models import masking, teachers
+from iv2_jax.models import masking
 from iv2_jax.models.teachers.base import Teacher, TeacherOutput
 from iv2_jax.objectives import contrastive
 from iv2_jax.train.align_config import AlignConfig, Towers, VisionMask
@@ -59,7 +59,7 @@ class AlignStage(PairStage):
         super().__init__(config)
         self.teacher: Teacher | None = None
         if config.teacher is not None:
-            self.teacher = teachers.get(config.teacher.name, config.teacher.options)
+            self.teacher = config.teacher.make()
             self._check_teacher()
         self._trained = self._trained_towers()
         if config.keep_texts:
@@ -101,7 +101,9 @@ class AlignStage(PairStage):
 
     def abstract_frozen(self) -> Any:
         """Shapes of `load_frozen`."""
-        return {} if self.teacher is None else jax.eval_shape(self.teacher.init, jax.random.key(0))
+        if self.teacher is None:
+            return {}
+        return jax.eval_shape(self.teacher.boxed_init, jax.random.key(0))
 
     @functools.cached_property
     def _kept_texts(self) -> KeptTexts | None:

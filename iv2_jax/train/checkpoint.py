@@ -25,6 +25,7 @@ from iv2_jax import storage
 from iv2_jax.errors import CheckpointError, ConfigError
 from iv2_jax.parallel import distributed
 from iv2_jax.train import checksums
+from iv2_jax.train.save_barrier import SaveBarrier
 from iv2_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ FREE_FIELDS = (
     "eval_every",
     "eval_batches",
     "eval_data",
+    "eval_batch_size",
+    "test_views",
+    "test_crops",
     "checkpoint",
     "mesh",
     "resume",
@@ -83,6 +87,8 @@ class Checkpointer:
         self._config = config
         self._folder = storage.absolute(workdir / FOLDER)
         self._saving = -1  # step of the save under way
+        self._barrier = SaveBarrier() if jax.process_count() > 1 else None
+        self._broken = False  # the last write failed
         self._manager = self._open()
         self._damage: dict[int, str | None] = {}  # of the steps looked at
         self.failures: list[str] = []
@@ -90,16 +96,15 @@ class Checkpointer:
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._config.keep,
-            enable_async_checkpointing=self._config.asynchronous,
+            enable_async_checkpointing=True,  # else `save` waits for it
             # What a killed process left half written.
             cleanup_tmp_directories=True,
             async_options=ocp.options.AsyncOptions(
                 timeout_secs=_WRITE_SECONDS,
+                barrier_sync_fn=self._barrier,
                 # Before the commit: a complete checkpoint has its checksums.
                 post_finalization_callback=self._write_checksums,
-            )
-            if self._config.asynchronous
-            else None,
+            ),
         )
         return ocp.CheckpointManager(self._folder, options=options)
 
@@ -130,13 +135,32 @@ class Checkpointer:
 
         def begin() -> None:
             self._saving = step
+            if self._barrier is not None:
+                self._barrier.begin()
             self._manager.save(step, args=args, force=True)
-            if not self._config.asynchronous:
-                self._write_checksums()
 
         # One write at a time; a failed one is only told now, and its remains go before the next.
         before = self.wait()
-        return self._together(step, begin) and before
+        # Inside `begin` the processes wait for each other, so none may fail there alone.
+        if not self._together(step, self._probe):
+            return False
+        if self._broken:
+            self._manager = self._open()  # now what is left of the failed one can be deleted
+            self._broken = False
+        saved = self._together(step, begin)
+        if not self._config.asynchronous:
+            saved = self.wait() and saved
+        return saved and before
+
+    def _probe(self) -> None:
+        """Process 0 makes a folder beside the checkpoints and writes a byte into it.
+
+        Raises:
+          OSError: The disk is full, or nothing may be written there.
+        """
+        if jax.process_index() == 0 and not storage.is_remote(self._folder):
+            with tempfile.TemporaryDirectory(dir=self._folder, prefix=".probe") as probe:
+                (Path(probe) / "byte").write_bytes(b"x")
 
     def wait(self) -> bool:
         """Waits for the write under way; False when it failed."""
@@ -177,8 +201,10 @@ class Checkpointer:
         if not distributed.any_process(error is not None):
             return True
         self._record(step, error or OSError("it failed in another process, see its log"))
+        self._broken = True
         try:
-            self._manager = self._open()  # drops the remains
+            if not distributed.any_process(not self._folder.is_dir()):
+                self._manager = self._open()  # drops the remains, which may be what fills the disk
         except OSError as second:
             logger.error("the checkpoint folder cannot be opened again: %s", second)
         return False

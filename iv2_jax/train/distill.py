@@ -31,6 +31,7 @@ from iv2_jax.data.pipeline import DataConfig, make_loader
 from iv2_jax.data.targets import check_settings
 from iv2_jax.errors import ConfigError
 from iv2_jax.models import masking, teachers
+from iv2_jax.models.int8 import Int8
 from iv2_jax.models.student import AlignmentConfig, Student, StudentConfig, StudentOutput
 from iv2_jax.models.teachers import stored
 from iv2_jax.models.teachers.base import Teacher, TeacherOutput
@@ -43,10 +44,35 @@ VIEW_FIELDS = ("num_frames", "size", "short_side", "sampling", "stride", "releas
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """A teacher by name, with the fields of its class (`weights`, sizes, flags) as options."""
+    """A frozen teacher.
+
+    Attributes:
+      name: Its name in `models.teachers.TEACHERS`.
+      options: Fields of its class: `weights`, sizes, flags.
+      int8: What of it is int8: "none"; its kernels in memory ("weights"); both sides of its matrix
+        products too ("products"). Needs the extra `int8`.
+      int8_keep: Patterns of paths of kernels that stay as they are (`blocks/mlp/fc2/kernel`).
+    """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+    int8: Int8 = "none"
+    int8_keep: tuple[str, ...] = ()
+
+    def make(self) -> Teacher:
+        """The teacher.
+
+        Raises:
+          ConfigError: Unknown name, option or pattern, or the extra `int8` is not installed.
+        """
+        return teachers.get(self.name, self.options, int8=self.int8, int8_keep=self.int8_keep)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that its outputs follow from; as folders had them that know no int8."""
+        fields = config_lib.to_dict(self)
+        if self.int8 == "none":
+            del fields["int8"], fields["int8_keep"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -153,7 +179,7 @@ class DistillStage(Stage):
         self.config = config
         self.student = Student(config.student)
         self.teachers: dict[str, Teacher] = {
-            role: teachers.get(given.name, given.options)
+            role: given.make()
             for role, given in (("clip", config.clip_teacher), ("mae", config.mae_teacher))
             if given is not None
         }
@@ -347,7 +373,7 @@ class DistillStage(Stage):
         given = {"clip": self.config.clip_teacher, "mae": self.config.mae_teacher}
         return {
             **{f"data.{name}": getattr(self.config.data, name) for name in VIEW_FIELDS},
-            **{f"{role}_teacher": config_lib.to_dict(given[role]) for role in self.teachers},
+            **{f"{role}_teacher": given[role].settings() for role in self.teachers},
             "student_frames": self.config.student.encoder.num_frames,
         }
 

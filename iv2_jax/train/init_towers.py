@@ -1,4 +1,4 @@
-"""What the towers of a stage-2, CLIP or stage-3 run start from.
+"""What the towers of a fine-tuning, stage-2, CLIP or stage-3 run start from.
 
 A run lists `TowerInit`s; each names a tower and where its weights are. They are laid over the fresh
 parameters in their order, so a later one wins where two fill the same parameter. What each took,
@@ -18,16 +18,17 @@ import numpy as np
 from flax import traverse_util
 
 from iv2_jax.errors import CheckpointError, ConfigError
-from iv2_jax.interop import chat_towers, tower_recipes
+from iv2_jax.interop import chat_towers, classifier_towers, tower_recipes
 from iv2_jax.interop.sources import open_source
 from iv2_jax.interop.taking import Taken
 from iv2_jax.models import kinds
 from iv2_jax.models.bridge_pretraining import BridgePretrainingConfig
 from iv2_jax.models.chat import ChatConfig
+from iv2_jax.models.classifier import ClassifierConfig
 
 logger = logging.getLogger(__name__)
 
-Model = tower_recipes.Model | ChatConfig | BridgePretrainingConfig
+Model = tower_recipes.Model | ChatConfig | BridgePretrainingConfig | ClassifierConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TowerInit:
             delta or the original's `extra_ckpt_path`. A chat model has "vision", "bridge" (a chat
             model's or its Q-Former's own file or run, or BERT's layout), "llm" (also a GGUF file
             or a llama2.c `.bin`) and "model"; a Q-Former's pretraining has the first two and
-            "model".
+            "model". A classifier has "vision", which leaves its head fresh, and "model".
         path: a run of ours, a folder that `iv2 export` wrote, a PyTorch file (`.pt`, `.pth`,
             `.bin`, `.safetensors`, GGUF), a folder of shards, of DeepSpeed or of transformers, or
             `package:NAME/file` in an installed package.
@@ -48,6 +49,9 @@ class TowerInit:
             of the model's size.
         wrapper: key the weights stand under in a pickled file; "" finds it.
         ema: of a run of ours: its moving average.
+        rows: of a classifier's "model": which rows of its last map are this one's classes: "first"
+            takes the first ones (Kinetics-400 of K710), "fresh" none, a JSON file lists the row of
+            each class; empty needs equal numbers of classes.
     """
 
     tower: Literal["vision", "text", "audio", "model", "overlay", "llm", "bridge"]
@@ -55,8 +59,11 @@ class TowerInit:
     frames: int = 0
     wrapper: str = ""
     ema: bool = False
+    rows: str = ""
 
     def __post_init__(self) -> None:
+        if self.rows and self.tower != "model":
+            raise ConfigError(f"towers: rows belongs to tower 'model', not to {self.tower!r}")
         if not self.path:
             raise ConfigError(f"towers: the {self.tower} tower's path is empty")
         if self.frames < 0:
@@ -118,10 +125,14 @@ def assemble(inits: Sequence[TowerInit], config: Model) -> Assembly:
 
 def _take(init: TowerInit, config: Model) -> Taken:
     """What one init gives."""
+    if init.rows and not isinstance(config, ClassifierConfig):
+        raise ConfigError("init: rows are of a classifier's last map, this model has none")
     if isinstance(config, ChatConfig):
         return _take_chat(init, config)
     if isinstance(config, BridgePretrainingConfig):
         return _take_pretraining(init, config)
+    if isinstance(config, ClassifierConfig):
+        return _take_classifier(init, config)
     if init.tower in ("llm", "bridge"):
         raise ConfigError(f"init: tower {init.tower!r} is a chat model's, this model has none")
     source = open_source(init.path, wrapper=init.wrapper, ema=init.ema)
@@ -152,6 +163,16 @@ def _take_chat(init: TowerInit, config: ChatConfig) -> Taken:
         )
     source = open_source(init.path, wrapper=init.wrapper, ema=init.ema)
     return recipes[init.tower](source, config)
+
+
+def _take_classifier(init: TowerInit, config: ClassifierConfig) -> Taken:
+    """What one init gives to a classifier."""
+    if init.tower not in ("vision", "model"):
+        raise ConfigError(f"init: a classifier has no tower {init.tower!r}: 'vision' or 'model'")
+    source = open_source(init.path, wrapper=init.wrapper, ema=init.ema)
+    if init.tower == "vision":
+        return classifier_towers.vision(source, config, frames=init.frames)
+    return classifier_towers.whole(source, config, frames=init.frames, rows=init.rows)
 
 
 def _take_pretraining(init: TowerInit, config: BridgePretrainingConfig) -> Taken:

@@ -56,6 +56,10 @@ class OptimizerConfig:
       freeze: Patterns of parameters that get no update and no optimizer state.
       open: Patterns of parameters that are trained although `freeze` matches them: open parts of
         frozen towers.
+      mu_dtype: What the first moment is kept in: the dtype of its parameter, or bfloat16 (2 bytes
+        a parameter instead of 4).
+      nu_dtype: The same of the second moment. It is rounded at random, up or down so that the mean
+        is kept: rounded to the nearest it would no longer follow small changes of the gradients.
       ema_decay: Keep an exponential moving average of the parameters with this decay; 0 = none.
     """
 
@@ -74,6 +78,8 @@ class OptimizerConfig:
     lr_multipliers: tuple[tuple[str, Multiplier], ...] = ()
     freeze: tuple[str, ...] = ()
     open: tuple[str, ...] = ()
+    mu_dtype: Literal["parameter", "bfloat16"] = "parameter"
+    nu_dtype: Literal["parameter", "bfloat16"] = "parameter"
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -245,7 +251,8 @@ def make_optimizer(
     parts = []
     if config.clip_norm:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
-    parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    parts.append(_narrow_between_steps(adam, config.mu_dtype, config.nu_dtype))
     parts.append(_add_decay(config.weight_decay, decay))
     parts.append(optax.scale_by_learning_rate(schedule))
     if config.lr_multipliers:
@@ -289,6 +296,56 @@ def decay_multipliers(config: OptimizerConfig, params: Any) -> Any:
         names = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
         rules = tuple(r for r in rules if any(re.fullmatch(r[0], name) for name in names))
     return match(params, rules, 1.0, "optimizer.decay")
+
+
+def _narrow_between_steps(
+    adam: optax.GradientTransformation, mu_dtype: str, nu_dtype: str
+) -> optax.GradientTransformation:
+    """The same steps, in float32, with moments kept in narrower dtypes between them.
+
+    `optax.scale_by_adam(mu_dtype=)` multiplies by the decay in that dtype: 0.9 becomes 0.898, and
+    updates 1.5 % smaller.
+    """
+    small_mu, small_nu = mu_dtype == "bfloat16", nu_dtype == "bfloat16"
+    if not (small_mu or small_nu):
+        return adam
+
+    def cast(tree: Any, dtype: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        state = adam.init(params)
+        return state._replace(
+            mu=cast(state.mu, jnp.bfloat16) if small_mu else state.mu,
+            nu=cast(state.nu, jnp.bfloat16) if small_nu else state.nu,
+        )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        wide = state._replace(mu=cast(state.mu, jnp.float32), nu=cast(state.nu, jnp.float32))
+        updates, new = adam.update(updates, wide, params)
+        mu = jax.tree.map(lambda x, old: x.astype(old.dtype), new.mu, state.mu)
+        if not small_nu:
+            nu = jax.tree.map(lambda x, old: x.astype(old.dtype), new.nu, state.nu)
+            return updates, new._replace(mu=mu, nu=nu)
+        leaves, structure = jax.tree.flatten(new.nu)
+        # By the step's number alone: a run that goes on draws what an unbroken one does.
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), new.count), len(leaves))
+        leaves = [round_at_random(x, key) for x, key in zip(leaves, keys, strict=True)]
+        return updates, new._replace(mu=mu, nu=jax.tree.unflatten(structure, leaves))
+
+    return optax.GradientTransformation(init, update)
+
+
+def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 to bfloat16, to one of the two neighbours so that the expected value is kept.
+
+    What is drawn is added below the last bit that bfloat16 has; infinities stay, and so do values
+    that bfloat16 can hold.
+    """
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    drawn = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    kept = (bits + drawn) & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(kept, jnp.float32).astype(jnp.bfloat16)
 
 
 def _add_decay(weight_decay: float, multipliers: Any) -> optax.GradientTransformation:

@@ -26,6 +26,7 @@ STAGES = {
     "distill": "iv2_jax.train.distill:DistillConfig",
     "align": "iv2_jax.train.align_config:AlignConfig",
     "clip": "iv2_jax.train.clip:ClipTrainConfig",
+    "classify": "iv2_jax.train.classify_config:ClassifyConfig",
     "bridge": "iv2_jax.train.bridge:BridgeTrainConfig",
     "instruct": "iv2_jax.train.instruct_config:InstructConfig",
 }

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from iv2_jax.errors import CheckpointError, nearest
+from iv2_jax import config as config_lib
+from iv2_jax.errors import CheckpointError, ConfigError, nearest
 from iv2_jax.parallel.distributed import put
 from iv2_jax.parallel.rules import path_name
 from iv2_jax.train import checkpoint as checkpoint_lib
@@ -41,7 +42,8 @@ def starting_state(
                 "take another --workdir, or resume=auto to go on"
             )
         if config.resume != "force":
-            checkpoint_lib.check_same_run(checkpointer.saved_config(), plain_config, workdir)
+            saved = _with_newer_fields(config, checkpointer.saved_config())
+            checkpoint_lib.check_same_run(saved, plain_config, workdir)
         state, data, _ = checkpointer.restore(program.abstract_state)
         checkpointer.discard_after(int(state.step))
         logger.info("resumed %s at step %d (data: %s)", workdir, int(state.step), data)
@@ -62,6 +64,17 @@ def starting_state(
     taken = sum(x.size for x in jax.tree.leaves(given))
     logger.info("step 0: seed %d, %d values out of weight files", config.seed, taken)
     return state
+
+
+def _with_newer_fields(config: RunConfig, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with fields that came after it at their defaults, which change nothing.
+
+    One that can no longer be read as a config comes back as it is, to be compared field by field.
+    """
+    try:
+        return config_lib.to_dict(config_lib.build(type(config), saved))
+    except ConfigError:
+        return saved
 
 
 def fit_params(params: Any, abstract: Any, source: str) -> Any:

@@ -98,15 +98,29 @@ def test_build_then_bench(tmp_path, capsys):
     with pytest.raises(DataError, match="already exists"):
         _run("build", manifest, folder)
     options = ["--workers", "1", "--seconds", "0.2", "--frames", "4", "--size", "32"]
-    code = _run("bench", folder, "--target", 50, "--json", figures, "--batch", 2, *options)
-    assert code == 0
+    words = ["--target", 50, "--json", figures, "--batch", 2, *options]
+    assert _run("bench", manifest, folder, *words) == 0
     out = capsys.readouterr().out
     assert "decode" in out
+    assert "videos sought" in out
+    assert "times cheaper" in out
     assert "50 clips/s need about" in out
     found = json.loads(figures.read_text())
     assert found["clip_ms"]["decode_ms"] > 0
     assert [m["workers"] for m in found["throughput"]] == [1]
     assert found["throughput"][0]["clips_per_second"] > 0
+    assert found["throughput"][0]["worker_mib"] > 1
+    assert [other["source"] for other in found["others"]] == [str(folder)]
+    assert found["others"][0]["clip_ms"]["reads"]["fallbacks"] == 0
+
+
+def test_bench_shows_the_memory_of_a_worker(tmp_path, capsys):
+    manifest, figures = clips.write_list(tmp_path, count=2), tmp_path / "f.json"
+    options = ["--frames", 4, "--size", 32, "--batch", 2, "--json", figures]
+    assert _run("bench", manifest, "--memory", 40, *options) == 0
+    assert "growth" in capsys.readouterr().out
+    found = json.loads(figures.read_text())
+    assert [p["clips"] for p in found["memory"]] == list(range(2, 41, 2))
 
 
 def test_build_says_what_was_left_out(mixed, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iv2_jax.data import sampling
+from iv2_jax.data import sampling, sampling_stage2
 from iv2_jax.errors import ConfigError
 
 
@@ -61,8 +61,10 @@ def test_dense():
 
 def test_spread_random_reaches_every_frame_unless_released():
     rng = np.random.default_rng(0)
-    clean = np.stack([sampling.spread_random(12, 3, rng) for _ in range(300)])
-    released = np.stack([sampling.spread_random(12, 3, rng, released=True) for _ in range(300)])
+    clean = np.stack([sampling_stage2.spread_random(12, 3, rng) for _ in range(300)])
+    released = np.stack(
+        [sampling_stage2.spread_random(12, 3, rng, released=True) for _ in range(300)]
+    )
     assert set(clean.reshape(-1)) == set(range(12))
     assert set(released.reshape(-1)) == set(range(12)) - {3, 7, 11}
 

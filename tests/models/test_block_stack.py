@@ -18,9 +18,12 @@ class Stack(nn.Module):
 
     depth: int = DEPTH
     options: tuple = ()
+    fold: bool = False
 
     def setup(self):
-        self.blocks = Block(WIDTH, num_heads=2, mlp_width=24, layer_scale_init=0.5)
+        self.blocks = Block(
+            WIDTH, num_heads=2, mlp_width=24, layer_scale_init=0.5, fold_layer_scale=self.fold
+        )
 
     def __call__(self, x, return_layers=(), train=False):
         return scan_blocks(
@@ -76,10 +79,19 @@ def test_scan_is_a_loop_and_collects_any_layers(params, looped):
             np.testing.assert_allclose(features, reference[list(layers)], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [(), (("remat", "dots"),), (("remat", "full"), ("unroll", 3))])
-def test_gradients_flow_through_collected_features(params, looped, options):
+@pytest.mark.parametrize(
+    ("options", "fold"),
+    [
+        ((), False),
+        ((("remat", "dots"),), False),
+        ((("remat", "named"),), True),
+        ((("remat", "full"), ("unroll", 3)), False),
+    ],
+)
+def test_gradients_flow_through_collected_features(params, looped, options, fold):
     def loss(params, x):
-        tokens, features = Stack(options=options).apply({"params": params}, x, (0, 2))
+        stack = Stack(options=options, fold=fold)
+        tokens, features = stack.apply({"params": params}, x, (0, 2))
         return jnp.sum(WEIGHTS[:2] * features) + jnp.sum(WEIGHTS[2] * tokens)
 
     grads = jax.jit(jax.grad(loss, (0, 1)))(params, _tokens())
@@ -142,7 +154,23 @@ def test_rematerialisation_saves_less():
         forward = next(_scans(jaxpr.jaxpr))
         return sum(int(np.prod(v.aval.shape)) for v in forward.outvars)
 
-    assert residuals("full") < residuals("dots") < residuals("none")
+    sizes = {remat: residuals(remat) for remat in ("full", "dots", "named", "none")}
+    assert sizes["full"] < sizes["dots"] < sizes["none"]
+    assert sizes["named"] < sizes["none"]
+
+
+def test_named_rematerialisation_keeps_what_is_dear_and_no_output_that_layer_scale_reads():
+    x = _tokens()
+    stack = Stack(options=(("remat", "named"),), fold=True)
+    shapes = meta.unbox(jax.eval_shape(stack.init, jax.random.key(0), x))
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(stack.apply(p, x)[0])))(shapes)
+    forward = next(_scans(jaxpr.jaxpr))
+    carries = forward.params["num_carry"]
+    kept = sorted(v.aval.shape for v in forward.outvars[carries:])
+    rows = (DEPTH, *x.shape[:2])
+    # The block's input, attention's output, the stream between halves, qkv, the MLP's hidden units.
+    activations = [shape for shape in kept if shape[:3] == rows]
+    assert activations == sorted([(*rows, WIDTH)] * 3 + [(*rows, 3 * WIDTH), (*rows, 24)])
 
 
 def test_drop_path_needs_train_and_grows_with_depth():

@@ -131,3 +131,17 @@ def test_linear_contracts_several_axes():
     y = linear.apply({"params": params}, x)
     kernel = np.asarray(params["kernel"]).reshape(6, 5)
     np.testing.assert_allclose(y, x.reshape(4, 6) @ kernel, rtol=1e-5, atol=1e-7)
+
+
+def test_flat_and_scaled_linear_is_the_same_map():
+    axes = ((2, 3), (5, 2), ("heads", "head_dim"), ("embed", None))
+    linear, flat = layers.Linear(*axes), layers.Linear(*axes, flat=True)
+    x, scale = _normal(4, 2, 3), _normal(5, 2)
+    params = meta.unbox(linear.init(jax.random.key(0), x)["params"])
+    params = {**params, "bias": _normal(5, 2)}
+    y = linear.apply({"params": params}, x) * scale
+    same = flat.apply({"params": params}, x.reshape(4, 6), out_scale=scale)
+    np.testing.assert_allclose(same, y.reshape(4, 10), rtol=1e-5, atol=1e-6)
+    adapted = layers.Linear(*axes, lora=layers.LoraConfig(rank=2, alpha=2.0), flat=True)
+    with pytest.raises(ValueError, match="adapter"):
+        adapted.init(jax.random.key(0), x.reshape(4, 6))

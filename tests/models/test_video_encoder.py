@@ -48,7 +48,7 @@ def params():
         ({"mlp_width": 64.0}, "mlp_width=64.0"),
         ({"width": 40}, "width=40.*multiple of 16"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate=1.0: must be in \[0, 1\)"),
-        ({"remat": "some"}, "remat='some': choose one of none, dots, full"),
+        ({"remat": "some"}, "remat='some': choose one of none, named, dots, full"),
         ({"scan_unroll": 0}, "scan_unroll=0"),
         ({"image_positions": "mean"}, "image_positions='mean': choose one of none, shared, own"),
         ({"image_positions": "shared", "tubelet": 2}, "tubelet=2"),

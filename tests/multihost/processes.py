@@ -35,6 +35,8 @@ class Run:
       environment: More variables.
       only: Start only these of them.
       port: Of the coordinator; default one that is free.
+      verb: Another command than `train` with its arguments; the processes find each other by
+        variables of the environment.
     """
 
     def __init__(
@@ -47,35 +49,43 @@ class Run:
         environment: dict[str, str] | None = None,
         only: tuple[int, ...] | None = None,
         port: int = 0,
+        verb: tuple[str, ...] = (),
     ) -> None:
         self.workdir = workdir
+        self.mesh = f"{processes * devices} devices as {config.get('mesh')}"
         file = workdir.with_name(f"{workdir.name}.config.json")
         file.write_text(json.dumps(config))
-        flags = os.environ.get("XLA_FLAGS", "").split()
-        flags = [flag for flag in flags if "device_count" not in flag]
-        flags.append(f"--xla_force_host_platform_device_count={devices}")
+        xla = os.environ.get("XLA_FLAGS", "").split()
+        xla = [flag for flag in xla if "device_count" not in flag]
+        xla.append(f"--xla_force_host_platform_device_count={devices}")
         variables = {
             **os.environ,
-            "XLA_FLAGS": " ".join(flags),
+            "XLA_FLAGS": " ".join(xla),
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(REPO),
             "IV2_COMPILE_CACHE": "",
             "IV2_HEARTBEAT_SECONDS": "10",
             "IV2_JOIN_SECONDS": "120",
         }
-        command = [sys.executable, "-m", "tests.multihost.worker", "train"]
-        command += ["--config", str(file), "--workdir", str(workdir)]
+        command = [sys.executable, "-m", "tests.multihost.worker"]
+        command += verb or ("train", "--config", str(file), "--workdir", str(workdir))
         port = port or free_port()
         self.logs, self.processes = [], []
         for number in only if only is not None else range(processes):
-            joining = ["--coordinator", f"localhost:{port}", "--processes", str(processes)]
-            joining += ["--process", str(number)]
+            joining = {
+                "coordinator": ("JAX_COORDINATOR_ADDRESS", f"localhost:{port}"),
+                "processes": ("JAX_NUM_PROCESSES", str(processes)),
+                "process": ("JAX_PROCESS_ID", str(number)),
+            }
+            flags = [word for k, (_, v) in joining.items() for word in (f"--{k}", v)]
+            if verb:
+                variables |= dict(joining.values())
             start = len(list(workdir.parent.glob(f"{workdir.name}.{number}.*.log")))
             self.logs.append(workdir.with_name(f"{workdir.name}.{number}.{start}.log"))
             with self.logs[-1].open("w") as log:
                 self.processes.append(
                     subprocess.Popen(
-                        command + (joining if processes > 1 else []),
+                        command + (flags if processes > 1 and not verb else []),
                         env=variables | (environment or {}),
                         cwd=REPO,
                         stdout=log,

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from iv2_jax.train.metrics import read_metrics
 from iv2_jax.train.stage import config_class
 from tests.data import clips
 from tests.multihost.processes import Run, free_port, toy
-from tests.train import tiny, tiny_align
+from tests.train import tiny, tiny_align, tiny_instruct
 
 
 def losses(workdir, kind="train"):
@@ -73,6 +74,44 @@ def test_stage_two_in_several_processes(tmp_path, processes):
     values["loss"]["weights"] = {"vtc": 1.0, "vtm": 1.0}
     values["loss"]["captions"] = {}
     plain = config_lib.to_dict(config_lib.build(tiny_align.AlignConfig, values))
+    _same_as_one_process(plain, tmp_path, processes)
+    if processes == 2:
+        _same_retrieval(tmp_path)
+
+
+def _same_retrieval(folder):
+    """`iv2 eval` of the run's checkpoint, with the second pass, in two processes and in one."""
+    found = []
+    for processes in (1, 2):
+        out = folder / f"retrieval{processes}.json"
+        verb = ("eval", "--task", "retrieval", "--ckpt", str(folder / "one"), "--rerank", "2")
+        verb += ("--batch-size", "4", "--out", str(out))
+        run = Run({}, folder / "eval", processes, devices=4 // processes, verb=verb)
+        assert run.wait() == [0] * processes, run.log()
+        (row,) = json.loads(out.read_text())["rows"]
+        found.append(dict(jax.tree_util.tree_leaves_with_path(row)))
+    one, two = found
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert two[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [4])
+def test_stage_three_in_several_processes(tmp_path, processes):
+    """With an evaluation whose last batch the processes fill unequally."""
+    tiny_instruct.write_tokenizer(tmp_path / "tok")
+    mix = tiny_instruct.write_talks(tmp_path / "data")
+    values = tiny_instruct.values(
+        tmp_path / "tok",
+        mix,
+        tiny_instruct.model(),
+        eval_mix=str(mix),
+        batch_size=4,
+        steps=3,
+        mesh={"data": 2, "fsdp": 2},
+    )
+    plain = config_lib.to_dict(config_lib.build(config_class("instruct"), values))
     _same_as_one_process(plain, tmp_path, processes)
 
 

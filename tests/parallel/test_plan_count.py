@@ -66,6 +66,13 @@ def test_flops_of_compiled_and_traced(function, shapes, expected):
     assert not counted.unknown_loops
 
 
+def test_conditions_that_reduce_are_read():
+    """A draw from a beta distribution is loops in loops, until all samples are accepted."""
+    draw = jax.jit(lambda key: jax.random.beta(key, 0.8, 0.8, (4,)))
+    text = draw.lower(jax.random.key(0)).compile().as_text()
+    assert count.count(text, 1).unknown_loops
+
+
 def test_a_gradient_of_a_convolution_counts_no_holes():
     x, kernel = jnp.ones((2, 16, 16, 4)), jnp.ones((3, 3, 4, 8))
     trace = jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(_strided(x, k))), (0, 1))).trace(

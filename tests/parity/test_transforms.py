@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from iv2_jax.data import augment, augment_stage2, masking, sampling
+from iv2_jax.data import augment, augment_stage2, masking, sampling, sampling_stage2
 from tests.parity.goldens import assert_close
 
 _MEAN = np.array([0.485, 0.456, 0.406])
@@ -109,14 +109,14 @@ def test_stage2_indices(case):
     def ours(row):
         n, t, options = row["vlen"], row["num_frames"], row.get("kwargs", {})
         if row["sample"] == "middle":
-            return sampling.middle(n, t, shift=options.get("fix_start"))
+            return sampling_stage2.middle(n, t, shift=options.get("fix_start"))
         if row["sample"].startswith("fps"):
             rate = float(row["sample"][3:])
             most = options.get("max_num_frames")
-            return sampling.at_rate(n, options["input_fps"], rate, max_frames=most)
-        np.testing.assert_array_equal(sampling.spread_edges(n, t), row["interval_edges"])
+            return sampling_stage2.at_rate(n, options["input_fps"], rate, max_frames=most)
+        np.testing.assert_array_equal(sampling_stage2.spread_edges(n, t), row["interval_edges"])
         rng = np.random.default_rng(0)
-        drawn = sampling.spread_random(n, t, rng, released=True)
+        drawn = sampling_stage2.spread_random(n, t, rng, released=True)
         assert len(drawn) == len(row["indices"])
         return None
 

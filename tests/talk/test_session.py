@@ -18,6 +18,7 @@ from iv2_jax.models import zoo
 from iv2_jax.models.chat import Chat, generate_answers
 from iv2_jax.models.decoding import GenerationConfig
 from iv2_jax.models.lora import LoraConfig
+from iv2_jax.talk import command
 from iv2_jax.talk import model as model_lib
 from iv2_jax.talk.model import AnswerOptions, open_model
 from iv2_jax.talk.session import ChatSession
@@ -124,7 +125,9 @@ def test_frames_are_chosen_when_opened(folder, clip):
     assert conversation.turns[0].instruction == "Look."
 
 
-def test_the_verb(folder, clip, tmp_path, capsys, model):
+def test_the_verb(folder, clip, tmp_path, capsys, model, monkeypatch):
+    """Its weights are split over four devices, the other model's are on one."""
+    monkeypatch.setattr(command, "_devices", lambda: jax.local_devices()[:4])
     ask = ["chat", clip, "--ckpt", str(folder), "--max-tokens", str(TOKENS)]
     assert cli.main([*ask, "--question", "Hi?", "--question", "And what now?"]) == 0
     out, err = capsys.readouterr()
@@ -289,3 +292,16 @@ def test_prompts_are_padded_to_few_lengths(model):
     assert model.buckets() == [192]
     model = Scripted("yes", context=3000)
     assert model.buckets() == [256, 512, 1024, 2048, 3000]
+
+
+def test_weights_split_over_devices_give_the_logits_of_one(folder, model):
+    """To 1e-5; the devices hold parts."""
+    import jax.numpy as jnp
+
+    split = open_model(str(folder), devices=jax.local_devices()[:4])
+    kernel = split._params["llm"]["decoder"]["blocks"]["mlp"]["gate"]["kernel"]
+    assert np.prod(kernel.sharding.shard_shape(kernel.shape)) == kernel.size // 4
+    row = jnp.arange(24, dtype=jnp.int32)[None]
+    run = jax.jit(lambda p: split._llm.apply({"params": p}, row).logits)
+    one, four = run(model._params["llm"]), run(split._params["llm"])
+    np.testing.assert_allclose(four, one, atol=1e-5 * np.abs(one).max())

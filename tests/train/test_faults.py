@@ -5,12 +5,16 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from iv2_jax import config as config_lib
 from iv2_jax.errors import CheckpointError, ConfigError
 from iv2_jax.parallel import distributed
-from iv2_jax.train import checksums, faults, metrics
+from iv2_jax.train import checkpoint, checksums, faults, loop, metrics, starting
+from tests.multihost import disks
+from tests.train import toy
 
 HANGS = """
 import sys, time
@@ -107,3 +111,46 @@ def test_how_processes_are_named(monkeypatch):
         distributed.joining("host:80", process=4)
     with pytest.raises(ConfigError, match="expected HOST:PORT"):
         distributed.joining("host", process=1)
+
+
+def test_a_field_that_came_after_a_checkpoint_is_at_its_default():
+    """A run goes on with newer code; a field that is gone, or another value, is still told."""
+    now = config_lib.to_dict(toy.config())
+    old = config_lib.to_dict(toy.config())
+    del old["optimizer"]["b1"]
+    assert starting._with_newer_fields(toy.config(), old) == now
+    for changed in ({"gone": 1}, {"seed": 5}):
+        saved = starting._with_newer_fields(toy.config(), old | changed)
+        with pytest.raises(CheckpointError, match=f"config.{next(iter(changed))}"):
+            checkpoint.check_same_run(saved, now, Path("run"))
+
+
+@pytest.mark.parametrize("trouble", ["full", "read_only"])
+def test_a_disk_in_trouble_for_a_while(tmp_path, monkeypatch, caplog, trouble):
+    """A real one: checkpoints are missing meanwhile, the run and its lines are not."""
+    workdir, undo = tmp_path / "run", []
+    original = toy.ToyStage._batch
+
+    def batch(self, step):
+        if step == 6:
+            folder = workdir / checkpoint.FOLDER
+            undo.append(disks.fill(workdir) if trouble == "full" else disks.forbid(folder))
+        if step == 14:
+            undo.pop()()
+        return original(self, step)
+
+    monkeypatch.setattr(toy.ToyStage, "_batch", batch)
+    with disks.small_disk(workdir, 16) as real:
+        if trouble == "full" and not real:
+            pytest.skip("a small disk cannot be mounted here")
+        ending = loop.train(toy.config(steps=20, width=128), workdir)
+        assert ending.reason == "complete"
+        why = "the disk is full" if trouble == "full" else ""
+        assert f"could not be written: {why}" in caplog.text
+        steps = {int(p.name) for p in (workdir / checkpoint.FOLDER).iterdir()}
+        assert steps == {16, 20}
+        assert [x["step"] for x in metrics.read_metrics(workdir, "train")] == list(range(1, 21))
+        if trouble == "full":
+            disks.fill(workdir)
+            with pytest.raises(CheckpointError, match=r"cannot write to --workdir .*disk is full"):
+                loop.train(toy.config(steps=24, width=128, resume="force"), workdir)

@@ -7,7 +7,8 @@ our loader can list a large set without reading it.
 
 Clips are stored as the bytes of their files, be it videos, pictures or sound; a sound file of its
 own goes beside them. Videos with `start` or `end` are cut, which means encoding them anew;
-`short_side` and `gop` ask for that of every video. Sound files that are cut become WAV.
+`short_side` and `gop` ask for that of every video. Sound files that are cut become WAV. With
+`frames` a video is stored as some of its frames, JPEG pictures, and its sound beside them as FLAC.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 from iv2_jax.data import stills
 from iv2_jax.data.builders import encode
+from iv2_jax.data.builders.frames import FrameOptions, Stored, sound_track, store_frames
 from iv2_jax.data.builders.shards import Shards, new_folder
 from iv2_jax.data.decode import DecodeError, VideoReader
 from iv2_jax.data.records import Clip
@@ -48,6 +50,7 @@ class PackOptions:
       shard_bytes: a shard is closed when it has grown beyond this.
       short_side: encode anew with the short side brought down to this; None leaves sizes alone.
       gop: encode anew with a keyframe every so many frames; None leaves files alone.
+      frames: store sampled frames in the place of videos; None stores videos.
       keep_audio: keep the sound of clips that are encoded anew.
       max_bad_share: share of clips that may fail to decode and be left out.
       overwrite: replace the folder if it exists.
@@ -57,6 +60,7 @@ class PackOptions:
     shard_bytes: int = 256 << 20
     short_side: int | None = None
     gop: int | None = None
+    frames: FrameOptions | None = None
     keep_audio: bool = True
     max_bad_share: float = 0.1
     overwrite: bool = False
@@ -68,6 +72,8 @@ class PackOptions:
             value = getattr(self, field)
             if value is not None and value < least:
                 raise DataError(f"{field} must be at least {least}, is {value}")
+        if self.frames and (self.gop or self.short_side):
+            raise DataError("frames are no video: gop and short_side do not go with them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +172,12 @@ class _Builder:
     def _pack(self, index: int) -> bytes | None:
         """The serialised example of one clip, or None when it does not decode."""
         clip = self._source.clips[index]
+        video, stored = b"", None
         try:
-            video = self._file(clip)
+            if self._options.frames and _is_video(clip):
+                stored = store_frames(clip, self._options.frames)
+            else:
+                video = self._file(clip)
         except DecodeError as e:
             self._left_out.append((clip.path, e.reason))
             allowed = self._options.max_bad_share * max(len(self._source), 1)
@@ -177,9 +187,9 @@ class _Builder:
                     f"max_bad_share={self._options.max_bad_share:g} allows; {self._worst()}"
                 ) from e
             return None
-        sound = self._sound(clip)
-        self._bytes += len(video) + len(sound)
-        example = self._features.encode_example(_example(clip, video, sound))
+        sound = self._sound(clip, track=stored is not None)
+        self._bytes += len(video) + len(sound) + sum(map(len, stored.pictures if stored else ()))
+        example = self._features.encode_example(_example(clip, video, sound, stored))
         return self._serializer.serialize_example(example)
 
     def _worst(self) -> str:
@@ -200,15 +210,16 @@ class _Builder:
             return encode.sound_file(clip.path, clip.start, clip.end)
         return self._video(clip)
 
-    def _sound(self, clip: Clip) -> bytes:
-        """The bytes of the clip's sound file, nothing when it has none that decodes."""
-        if clip.sound is None:
-            return b""
+    def _sound(self, clip: Clip, *, track: bool) -> bytes:
+        """The bytes of the clip's sound file, or of its `track`; nothing when none decodes."""
         try:
-            return encode.sound_file(clip.sound, None, None)
+            if clip.sound is not None:
+                return encode.sound_file(clip.sound, None, None)
+            if track and self._options.keep_audio and not os.path.isdir(clip.path):
+                return sound_track(clip)
         except DecodeError as e:
-            self._sounds_left_out.append((clip.sound, e.reason))
-            return b""
+            self._sounds_left_out.append((clip.sound or clip.path, e.reason))
+        return b""
 
     def _video(self, clip: Clip) -> bytes:
         """The bytes of a video to store."""
@@ -278,6 +289,8 @@ def features() -> Any:
             "audio": np.int64,  # -1: not known
             "sound": tfds.features.Tensor(shape=(), dtype=np.object_),  # empty: none of its own
             "sound_path": text(),
+            "frames": tfds.features.Sequence(text()),  # JPEG files, where no video is stored
+            "seconds": tfds.features.Sequence(np.float32),  # when each is shown
             "crop": tfds.features.Sequence(np.float32),  # x0, y0, x1, y1, or nothing
             "options": tfds.features.Sequence(text()),
             "answers": tfds.features.Sequence(np.int64),
@@ -285,7 +298,15 @@ def features() -> Any:
     )
 
 
-def _example(clip: Clip, video: bytes, sound: bytes) -> dict[str, Any]:
+def _is_video(clip: Clip) -> bool:
+    """Whether a clip has frames, more than one picture."""
+    return bool(clip.path) and (
+        os.path.isdir(clip.path)
+        or not clip.path.lower().endswith((*stills.EXTENSIONS, *SOUND_FILES))
+    )
+
+
+def _example(clip: Clip, video: bytes, sound: bytes, stored: Stored | None) -> dict[str, Any]:
     """A clip as the features have it."""
     return {
         "id": clip.id,
@@ -306,6 +327,8 @@ def _example(clip: Clip, video: bytes, sound: bytes) -> dict[str, Any]:
         "audio": -1 if clip.audio is None else int(clip.audio),
         "sound": sound,
         "sound_path": clip.sound or "",
+        "frames": stored.pictures if stored else [],
+        "seconds": stored.seconds if stored else [],
         "crop": list(clip.crop or ()),
         "options": list(clip.options),
         "answers": list(clip.answers),

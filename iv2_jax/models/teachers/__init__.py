@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from iv2_jax.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from iv2_jax.models.int8 import Int8
     from iv2_jax.models.teachers.base import Teacher
 
 # name -> module:class, or module:function that returns one
@@ -24,11 +25,23 @@ TEACHERS = {
 }
 
 
-def get(name: str, options: Mapping[str, Any] | None = None) -> Teacher:
+def get(
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    int8: Int8 = "none",
+    int8_keep: tuple[str, ...] = (),
+) -> Teacher:
     """The teacher called `name`, built with the fields in `options`.
 
+    Args:
+      name: one of `TEACHERS`.
+      options: fields of its class.
+      int8: what of it is int8, see `models.int8.Int8`.
+      int8_keep: patterns of paths of kernels that are not.
+
     Raises:
-      ConfigError: Unknown teacher or option, with the nearest name.
+      ConfigError: Unknown teacher or option, with the nearest name; or see `int8.Int8Teacher`.
     """
     from iv2_jax import config as config_lib
 
@@ -36,4 +49,11 @@ def get(name: str, options: Mapping[str, Any] | None = None) -> Teacher:
         raise ConfigError(f"unknown teacher {name!r}{nearest(name, TEACHERS)}")
     module, _, attribute = TEACHERS[name].partition(":")
     cls = getattr(importlib.import_module(module), attribute)
-    return config_lib.build(cls, dict(options or {}), path=f"teacher {name}")
+    teacher = config_lib.build(cls, dict(options or {}), path=f"teacher {name}")
+    if int8 == "none":
+        if int8_keep:
+            raise ConfigError(f"teacher {name}: int8_keep is given, but int8='none'")
+        return teacher
+    from iv2_jax.models.teachers.int8 import Int8Teacher
+
+    return Int8Teacher(teacher, products=int8 == "products", keep=tuple(int8_keep))

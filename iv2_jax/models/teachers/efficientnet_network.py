@@ -19,6 +19,7 @@ import numpy as np
 
 from iv2_jax.errors import CheckpointError, ConfigError
 from iv2_jax.kernels.choice import target_platform
+from iv2_jax.models.int8 import contract
 from iv2_jax.pixels import normalize
 
 FEATURE_WIDTH = 1280
@@ -139,7 +140,7 @@ def _relu6(x: jax.Array) -> jax.Array:
 
 def _dense(x: jax.Array, layer: Params) -> jax.Array:
     """A 1x1 convolution."""
-    return jnp.einsum("nhwc,cd->nhwd", x, layer["kernel"]) + layer["bias"]
+    return contract(x, layer["kernel"], 1, "float32") + layer["bias"]
 
 
 def _conv(x: jax.Array, kernel: jax.Array, *, stride: int, groups: int = 1) -> jax.Array:
@@ -202,6 +203,16 @@ def _layers() -> dict[str, Any]:
         "blocks": blocks,
         "head": _Layer((_BLOCKS[-1].outputs, FEATURE_WIDTH), "_conv_head", "_bn1"),
     }
+
+
+def dense_kernels() -> list[str]:
+    """Paths of the kernels of 1x1 convolutions, (in, out)."""
+    paths = jax.tree_util.tree_leaves_with_path(_layers(), is_leaf=_is_layer)
+    return [
+        "/".join((*(key.key for key in path), "kernel"))
+        for path, layer in paths
+        if len(layer.shape) == 2
+    ]
 
 
 class _Layer(NamedTuple):

@@ -24,6 +24,7 @@ from iv2_jax.models.layers import (
 )
 from iv2_jax.models.positions import videomae_sinusoid
 from iv2_jax.models.teachers.base import Teacher, TeacherOutput, resize_frames, weights_path
+from iv2_jax.parallel.mesh import splits_heads
 from iv2_jax.pixels import normalize
 
 _EPSILON = 1e-6
@@ -109,6 +110,8 @@ class VideoMAEAttention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `(B, N, width)` to `(B, N, width)`."""
         heads = (self.num_heads, self.width // self.num_heads)
+        # As in `Attention`: heads side by side unless the mesh splits them.
+        flat = not splits_heads()
         qkv = Linear(
             (self.width,),
             (3, *heads),
@@ -116,25 +119,26 @@ class VideoMAEAttention(nn.Module):
             (None, "heads", "head_dim"),
             use_bias=False,
             precision=self.precision,
+            flat=flat,
             name="qkv",
         )(x)
-        q, k, v = (qkv[:, :, i] for i in range(3))
+        q, k, v = jnp.split(qkv, 3, axis=-1) if flat else (qkv[:, :, i] for i in range(3))
         zeros = boxed(nn.initializers.zeros_init(), "heads", "head_dim")
         dtype = jnp.dtype(self.precision.param_dtype)
-        q = q + self.param("q_bias", zeros, heads, dtype).astype(q.dtype)
-        v = v + self.param("v_bias", zeros, heads, dtype).astype(v.dtype)
+        q = q + self.param("q_bias", zeros, heads, dtype).astype(q.dtype).reshape(q.shape[2:])
+        v = v + self.param("v_bias", zeros, heads, dtype).astype(v.dtype).reshape(v.shape[2:])
+        q, k, v = (part.reshape(*x.shape[:2], *heads) for part in (q, k, v))
         if self.released:
             # Heads stood where tokens should, and the result was never turned back.
             q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
-            mixed = dot_product_attention(q, k, v).reshape(*x.shape[:2], *heads)
-        else:
-            mixed = dot_product_attention(q, k, v)
+        mixed = dot_product_attention(q, k, v).reshape(x.shape if flat else (*x.shape[:2], *heads))
         return Linear(
             heads,
             (self.width,),
             ("heads", "head_dim"),
             ("embed",),
             precision=self.precision,
+            flat=flat,
             name="proj",
         )(mixed)
 
@@ -193,13 +197,19 @@ class VideoMAE(nn.Module):
         table = jnp.asarray(videomae_sinusoid(c.width, c.grid, c.table_grid))
         x = self.patch_embed(video)
         layers = resolve_layers(return_layers, c.depth, "return_layers")
-        tokens, features = scan_blocks(
-            self.blocks, x + table.astype(x.dtype), depth=c.depth, return_layers=layers
-        )
+        tokens, features = self.run_blocks(x + table.astype(x.dtype), return_layers=layers)
         normed = self.norm(tokens)
         if layers[-1] == c.depth - 1:
             features = features.at[-1].set(normed)
         return features
+
+    def run_blocks(
+        self, tokens: jax.Array, *, return_layers: tuple[int, ...] = ()
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Runs the blocks on `(B, N, D)`: tokens of the last, features `(K, B, N, D)` or None."""
+        c = self.config
+        layers = resolve_layers(return_layers, c.depth, "return_layers")
+        return scan_blocks(self.blocks, tokens, depth=c.depth, return_layers=layers)
 
 
 @dataclasses.dataclass(frozen=True)

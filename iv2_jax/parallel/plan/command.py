@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batches", type=_ints, help="with --search: global batches, 1024,2048")
     parser.add_argument("--fsdp", type=_ints, help="with --search: sizes of mesh.fsdp, 16,64")
-    parser.add_argument("--remat", type=_names, help="with --search: of none,dots,full")
+    parser.add_argument("--remat", type=_names, help="with --search: of none,named,dots,full")
     parser.add_argument(
         "--operations", type=int, default=0, metavar="N", help="print the N heaviest operations"
     )

@@ -400,7 +400,7 @@ def _kernel_name(instruction: Instruction) -> str:
     if named:
         return named.group(1)
     path = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    return path.group(1).rsplit("/", 1)[-1] if path else instruction.name
+    return path.group(1).removesuffix("/pallas_call").rsplit("/", 1)[-1] if path else instruction.name
 
 
 def flops(instruction: Instruction, scope: dict[str, Instruction]) -> float:

@@ -324,5 +324,6 @@ def _bounds(program: Program, name: str, given: Sequence[Instruction | None]) ->
                 and limit.opcode == "constant"
             ):
                 yield int(limit.literal)
-        for called in instruction.called.values():
-            yield from _bounds(program, called, operands)
+        if instruction.opcode in ("fusion", "call"):
+            for called in instruction.called.values():
+                yield from _bounds(program, called, operands)
