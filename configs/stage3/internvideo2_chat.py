@@ -13,7 +13,8 @@ Q-Former, all of it ours: captions through the frozen language model. Ours, as n
 the number of samples of `hd16`, InternLM's `hd8`, and its template for captions. Every answer is
 learnt, not one a visit as released (`--config.talk.sequence.compat=released_tuning`). Nothing is
 mirrored (trap 21). The mesh is for 64 chips with memory enough to keep matrix products for the
-backward pass (v5p); on smaller ones set `remat=full` of encoder and llm.decoder. None of this has been run on hardware.
+backward pass (v5p); on smaller ones set `remat=full` of encoder and llm.decoder. None of
+this has been run on hardware.
 """
 
 from ml_collections import ConfigDict

@@ -121,18 +121,19 @@ def test_splits_over_a_mesh_without_moving_rows():
 @pytest.mark.parametrize(
     ("tokens", "head_dim", "heads", "mib", "expected"),
     [
-        (417, 88, 16, 64, (16, True, 417)),  # 8 x 88 is no multiple of 128: all heads or one
-        (417, 88, 16, 16, (4, False, 256)),
-        (417, 128, 25, 64, (5, True, 417)),
-        (1024, 88, 16, 128, (16, True, 256)),
-        (206, 64, 12, 64, (6, True, 206)),
+        (417, 88, 16, 64, (16, True, 417, 2)),  # 8 x 88 is no multiple of 128: all heads
+        (417, 88, 16, 16, (16, True, 256, 1)),
+        (417, 128, 25, 64, (5, True, 417, 2)),
+        (1024, 88, 16, 128, (16, True, 256, 2)),
+        (2049, 88, 16, 64, (16, True, 128, 1)),
+        (2049, 200, 16, 64, (2, False, 256, 2)),
     ],
 )
 def test_cut_by_memory(tokens, head_dim, heads, mib, expected):
     steps = short_plan.plan(
         tokens, tokens, heads, heads, head_dim, itemsize=2, causal=False, vmem=mib << 20
     )
-    assert (steps.heads, steps.folded, steps.rows) == expected
+    assert (steps.heads, steps.folded, steps.rows, steps.buffers) == expected
     assert steps.vmem <= 0.9 * (mib << 20)
 
 

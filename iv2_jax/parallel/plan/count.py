@@ -399,8 +399,9 @@ def _kernel_name(instruction: Instruction) -> str:
     named = re.search(r'kernel_name\\?"[:=]\s*\\?"([\w.\-]+)', instruction.attributes)
     if named:
         return named.group(1)
-    path = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    return path.group(1).removesuffix("/pallas_call").rsplit("/", 1)[-1] if path else instruction.name
+    if path := _OP_NAME.search(instruction.attributes):
+        return path.group(1).removesuffix("/pallas_call").rsplit("/", 1)[-1]
+    return instruction.name
 
 
 def flops(instruction: Instruction, scope: dict[str, Instruction]) -> float:
