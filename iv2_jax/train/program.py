@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from iv2_jax.parallel import rules
 from iv2_jax.parallel.distributed import put
 from iv2_jax.parallel.mesh import MeshConfig, batch_sharding, check_batch_size, replicated
+from iv2_jax.parallel.tpu import compiler_options
 from iv2_jax.train import accumulate, optim
 from iv2_jax.train import checkpoint as checkpoint_lib
 from iv2_jax.train import state as state_lib
@@ -156,7 +157,12 @@ def build_program(config: RunConfig, stage: Stage, mesh: Mesh) -> Program:
         mesh=mesh,
         abstract_state=checkpoint_lib.abstract_like(abstract, shardings),
         init=jax.jit(create, out_shardings=shardings),
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole)),
+        train_step=jax.jit(
+            train_step,
+            donate_argnums=0,
+            out_shardings=(shardings, whole),
+            compiler_options=compiler_options(mesh),
+        ),
         eval_step=jax.jit(eval_step, out_shardings=whole),
         report=report,
         abstract_frozen=_placed(meta.unbox(stage.abstract_frozen()), frozen_shardings),

@@ -230,6 +230,18 @@ def test_where_an_operation_comes_from(name, source):
     assert operation.source == source
 
 
+def test_an_unrolled_loop_steps_by_more_than_one():
+    """As windowed products are: three turns in two steps of two."""
+    text = TPU_TEXT.replace(
+        "  ROOT %tuple.1 = (s32[], f32[8,16]{1,0}) tuple(%get-tuple-element.2,",
+        "  %constant.2 = s32[] constant(2)\n"
+        "  %add.1 = s32[] add(%get-tuple-element.2, %constant.2)\n"
+        "  ROOT %tuple.1 = (s32[], f32[8,16]{1,0}) tuple(%add.1,",
+    )
+    assert text != TPU_TEXT
+    assert count.count(text, 4).cycles == 250 + 2 * 100
+
+
 def test_a_kernel_counts_by_its_blocks_on_every_device():
     from jax.experimental import pallas as pl
 

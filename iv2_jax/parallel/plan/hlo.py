@@ -279,21 +279,43 @@ def _ints(text: str) -> list[int]:
 
 
 def trip_count(program: Program, loop: Instruction) -> int | None:
-    """Turns of a `while`: as the compiler knows it, else the constant that a counter stays below.
+    """Turns of a `while`: as the compiler knows it, else until a counter reaches a constant.
 
-    A scan and a fori_loop become `while i < n`, from 0 by 1. Where there are further conditions,
-    data may end the loop before its n-th turn: n is the most it takes.
+    A scan and a fori_loop become `while i < n`, from 0 by 1 or, where the compiler has unrolled
+    the body, by more. Where there are further conditions, data may end the loop earlier: this is
+    the most it takes.
 
     Returns:
       None when neither tells.
     """
     if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(found.group(1))
-    return min(_bounds(program, loop.called["condition"], ()), default=None)
+    body = program.computations[loop.called["body"]]
+    turns = [
+        -(-limit // _step(body, counter))
+        for counter, limit in _limits(program, loop.called["condition"], ())
+    ]
+    return min(turns, default=None)
 
 
-def _bounds(program: Program, name: str, given: Sequence[Instruction | None]) -> Iterator[int]:
-    """Constants that a computation asks a carried number to be below.
+def _step(body: dict[str, Instruction], counter: int) -> int:
+    """What a turn adds to a number of the carry; 1 where that is not to be seen."""
+    root = next(i for i in body.values() if i.is_root)
+    if root.opcode != "tuple" or counter >= len(root.operands):
+        return 1
+    new = body.get(root.operands[counter])
+    while new is not None and new.opcode in ("copy", "bitcast"):
+        new = body.get(new.operands[0])
+    if new is None or new.opcode != "add":
+        return 1
+    added = [body[name] for name in new.operands if name in body]
+    return next((int(i.literal) for i in added if i.opcode == "constant"), 1)
+
+
+def _limits(
+    program: Program, name: str, given: Sequence[Instruction | None]
+) -> Iterator[tuple[int, int]]:
+    """Which numbers of the carry a condition wants below which constants.
 
     Args:
       program: All computations.
@@ -319,11 +341,11 @@ def _bounds(program: Program, name: str, given: Sequence[Instruction | None]) ->
             if (
                 re.search("direction=[LG]T", instruction.attributes)
                 and below is not None
-                and below.opcode in ("get-tuple-element", "parameter")
+                and below.opcode == "get-tuple-element"
                 and limit is not None
                 and limit.opcode == "constant"
             ):
-                yield int(limit.literal)
+                yield int(below.field("index")), int(limit.literal)
         if instruction.opcode in ("fusion", "call"):
             for called in instruction.called.values():
-                yield from _bounds(program, called, operands)
+                yield from _limits(program, called, operands)
