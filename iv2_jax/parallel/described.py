@@ -145,7 +145,7 @@ def quiet() -> Iterator[None]:
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a cloud that is not there
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it compiles only, holds no chip
-    with tempfile.TemporaryFile() as written, _same_priority():
+    with tempfile.TemporaryFile() as written:
         saved = os.dup(2)
         os.dup2(written.fileno(), 2)
         try:
@@ -158,19 +158,3 @@ def quiet() -> Iterator[None]:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
-
-
-@contextlib.contextmanager
-def _same_priority() -> Iterator[None]:
-    """Puts every thread's scheduling policy back to what this thread's was before."""
-    if not hasattr(os, "sched_setscheduler"):
-        yield  # not Linux: there is no libtpu either
-        return
-    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        yield
-    finally:
-        for thread in map(int, os.listdir("/proc/self/task")):
-            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                if os.sched_getscheduler(thread) != policy:
-                    os.sched_setscheduler(thread, policy, parameters)

@@ -280,11 +280,28 @@ def leaving_on_error(name: str) -> Iterator[None]:
             sys.stderr.write(f"{name}: {error}\n")
             leave(2)
         sys.excepthook(type(error), error, error.__traceback__)
-        # A collective that fails as it is started comes as a ValueError.
-        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+        lost = _tells_of_a_lost_peer(error)
+        if lost or isinstance(error, jax.errors.JaxRuntimeError):
             sys.stderr.write(f"{name}: was another process lost? waiting for word of it\n")
             time.sleep(_seconds(HEARTBEAT_VARIABLE, 100) + 10)
+        if lost:  # the word may have come before, as a barrier's error
+            leave(EXIT_RESTART)
         leave(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def _tells_of_a_lost_peer(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, is that of a connection to a process gone.
+
+    A collective that fails as it is started comes as a ValueError, so the type tells nothing.
+    """
+    signs = ("Gloo", "Connection closed by peer", "Connection reset by peer", "heartbeat timeout")
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if any(sign in str(error) for sign in signs):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Hosts:

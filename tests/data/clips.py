@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -28,6 +30,26 @@ def numbers(frames: np.ndarray) -> list[int]:
     centres = (np.arange(_BITS) * 2 + 1) * width // (2 * _BITS)
     middle = frames[:, frames.shape[1] // 2, centres].mean(axis=-1) > 128
     return [int(bits @ (1 << np.arange(_BITS))) for bits in middle]
+
+
+@contextlib.contextmanager
+def same_priority() -> Iterator[None]:
+    """Puts every thread's scheduling policy back to what this thread's was before.
+
+    SVT-AV1 as root gives the process real-time priority, which other processes wait behind and
+    every later child inherits.
+    """
+    if not hasattr(os, "sched_setscheduler"):
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        for thread in map(int, os.listdir("/proc/self/task")):
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                if os.sched_getscheduler(thread) != policy:
+                    os.sched_setscheduler(thread, policy, parameters)
 
 
 def write_clip(
@@ -64,7 +86,10 @@ def write_clip(
     shown = range(frames) if isinstance(frames, int) else list(frames)
     turned = rotation % 180 == 90
     width, height = size
-    with av.open(path, "w", format=file_format, options=file_options or {}) as output:
+    with (
+        same_priority(),
+        av.open(path, "w", format=file_format, options=file_options or {}) as output,
+    ):
         stream = output.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height = (height, width) if turned else (width, height)
         stream.pix_fmt = pix_fmt
