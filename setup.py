@@ -88,5 +88,5 @@ setup(
             *DEMO,
         ],
     },
-    entry_points={"console_scripts": ["iv2=iv2_jax.cli:main"]},
+    entry_points={"console_scripts": ["iv2=iv2_jax.cli:entry"]},
 )

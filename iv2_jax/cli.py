@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
+import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 from iv2_jax import __version__
 from iv2_jax.errors import UserError, nearest
@@ -25,6 +28,7 @@ VERBS = {
     "plan": ("iv2_jax.parallel.plan.command", "memory, speed and cost of a run on a TPU slice"),
     "demo": ("iv2_jax.demo.commands", "the whole of stage 1 on real clips, with a report"),
 }
+_EXIT_SECONDS = 60  # for what Python does at its end
 COMPUTING = ("train", "eval", "chat")  # what is set for the CPU platform is set for these
 EXAMPLES = """\
 examples:
@@ -94,6 +98,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def entry() -> NoReturn:
+    """The command `iv2`: runs `main` and ends with its code, in bounded time.
+
+    At its end Python waits for all threads. One of Orbax's that waits for a write that has failed
+    would hold the process, and its peers, for ten minutes.
+    """
+    code = main()
+    timer = threading.Timer(_EXIT_SECONDS, _end_now, [code])
+    timer.daemon = True
+    timer.start()
+    sys.exit(code)
+
+
+def _end_now(code: int) -> None:
+    """Ends the process although threads are left."""
+    names = ", ".join(t.name for t in threading.enumerate() if not t.daemon)
+    print(f"iv2: ends without waiting any longer for threads: {names}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def _set_up_logging(verbose: bool) -> None:
     """Our own messages at INFO; libraries' from WARNING on, unless asked for."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
@@ -103,4 +128,4 @@ def _set_up_logging(verbose: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import resource
-import sys
 import time
+from typing import NoReturn
 
 from iv2_jax import cli
 from iv2_jax.models import teachers
@@ -19,7 +19,7 @@ from iv2_jax.train import stage
 from tests.train import toy
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Sets the run up and runs it."""
     stage.STAGES["toy"] = "tests.train.toy:ToyConfig"
     teachers.TEACHERS["tiny"] = "tests.train.tiny:TinyTeacher"
@@ -32,8 +32,8 @@ def main() -> int:
     toy.ToyStage._batch = batch
     if limit := int(os.environ.get("IV2_TEST_FILE_BYTES", "0")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    return cli.main(sys.argv[1:])
+    cli.entry()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
