@@ -66,8 +66,14 @@ def test_stage_one_in_several_processes(tmp_path, monkeypatch, processes):
     assert len(json.loads((tmp_path / "several" / "goodput.json").read_text())) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+# Four processes that each compile a step take minutes on two cores.
+TWO_AND_FOUR = [
+    pytest.param(2, marks=pytest.mark.slow),
+    pytest.param(4, marks=[pytest.mark.slow, pytest.mark.pod]),
+]
+
+
+@pytest.mark.parametrize("processes", TWO_AND_FOUR)
 def test_stage_two_in_several_processes(tmp_path, processes):
     media = ("image", "video")
     values = tiny_align.values(tmp_path, media, steps=4, mesh={"data": 2, "fsdp": 2})
@@ -96,8 +102,7 @@ def _same_retrieval(folder):
         assert two[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [4])
+@pytest.mark.parametrize("processes", TWO_AND_FOUR)
 def test_stage_three_in_several_processes(tmp_path, processes):
     """With an evaluation whose last batch the processes fill unequally."""
     tiny_instruct.write_tokenizer(tmp_path / "tok")
