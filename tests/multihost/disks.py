@@ -32,7 +32,7 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[bool]:
 
 
 def fill(folder: Path, leave: int = 0) -> Callable[[], None]:
-    """Fills the disk that `folder` is on; the answer makes room again.
+    """Fills the disk that `folder` is on, or what has become free since; the answer makes room.
 
     Args:
       folder: On a `small_disk`.
@@ -40,7 +40,7 @@ def fill(folder: Path, leave: int = 0) -> Callable[[], None]:
     """
     ballast = folder / "ballast"
     # The run may write at the same time, so that it is full before the sum says so.
-    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+    with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
         while (free := os.statvfs(folder).f_bavail * os.statvfs(folder).f_bsize) > leave:
             file.write(bytes(min(free - leave, 1 << 20)))
     return lambda: ballast.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,15 @@ class Run:
         """The last step that it told."""
         return max(map(int, re.findall(r"^step (\d+) train", self.said(), re.MULTILINE)), default=0)
 
-    def wait_for(self, text: str, seconds: float = WAIT) -> None:
+    def wait_for(
+        self, text: str, seconds: float = WAIT, meanwhile: Callable[[], object] = lambda: None
+    ) -> None:
         """Waits until the first process says something; fails when the run ends before."""
         deadline = time.monotonic() + seconds
         while text not in self.said():
             assert all(p.poll() is None for p in self.processes), self.log()
             assert time.monotonic() < deadline, self.log()
+            meanwhile()
             time.sleep(0.02)
 
     def wait_for_step(self, step: int, seconds: float = WAIT) -> None:

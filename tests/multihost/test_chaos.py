@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +126,13 @@ def killed_early(round_: Round) -> None:
 def disk_full(round_: Round) -> None:
     """No checkpoint can be written any more; with luck there is room again later."""
     if round_.room:
-        _nothing_is_saved(round_, disks.fill(round_.run.workdir, round_.draw.choice((0, 1 << 20))))
+        leave = round_.draw.choice((0, 1 << 20))
+
+        def fill() -> Callable[[], None]:
+            return disks.fill(round_.run.workdir, leave)
+
+        # Old checkpoints and remains that the run deletes make room: fill it again.
+        _nothing_is_saved(round_, fill(), meanwhile=fill)
     else:
         _nothing_is_saved(round_, None)  # the size of files is limited all along
 
@@ -135,11 +142,11 @@ def unwritable(round_: Round) -> None:
     _nothing_is_saved(round_, disks.forbid(round_.run.workdir / checkpoint_lib.FOLDER))
 
 
-def _nothing_is_saved(round_: Round, mend) -> None:
+def _nothing_is_saved(round_: Round, mend, meanwhile=lambda: None) -> None:
     """The run says so and goes on; it ends unsaved, or saved when the trouble ends before."""
     run, in_time = round_.run, mend is not None and round_.draw.random() < 0.5
     try:
-        run.wait_for("could not be written", REACTION)
+        run.wait_for("could not be written", REACTION, meanwhile)
         run.wait_for_step(run.last_step() + round_.draw.randint(1, 3), REACTION)
         if in_time:
             mend()
