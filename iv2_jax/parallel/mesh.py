@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -142,20 +141,6 @@ def splits_heads() -> bool:
     """Whether the mesh in the context splits heads (its axis `tensor` is longer than 1)."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.shape.get("tensor", 1) > 1
-
-
-def keep_whole(tree: Any) -> Any:
-    """Has the partitioner hold small arrays whole on every device while they are used.
-
-    Does nothing outside a mesh (`jax.sharding.use_abstract_mesh`) and inside a `shard_map`.
-
-    Args:
-      tree: Arrays, such as the parameters of a head.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return tree
-    return jax.lax.with_sharding_constraint(tree, PartitionSpec())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -31,7 +31,6 @@ from iv2_jax.models.text.bert import MaskedLMHead
 from iv2_jax.models.text.bert_layers import Versions
 from iv2_jax.objectives import contrastive, matching
 from iv2_jax.objectives.labelled import IGNORED, labelled_loss
-from iv2_jax.parallel.mesh import keep_whole
 from iv2_jax.train.align_terms import named_rng
 from iv2_jax.train.pairs import PairConfig, PairStage, RetrievalConfig
 from iv2_jax.train.stage import Batch, Metrics
@@ -274,13 +273,9 @@ class BridgeStage(PairStage):
         labels = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
         labels = jnp.where((labels > 0) & valid[:, None], labels, IGNORED)
         count = jnp.maximum(jnp.sum(labels >= 0), 1).astype(jnp.float32)
-        # Split over `tensor`, XLA's partitioner loses part of the norm's gradient inside the loss's
-        # loop (found by tests/parallel/test_every_mesh.py); the table of words stays split.
-        head = params["lm_head"]
-        head = {**head, "fc": keep_whole(head["fc"]), "norm": keep_whole(head["norm"])}
         result = labelled_loss(
             functools.partial(_word_logits, bridge),
-            {"head": head, "word": params["bridge"]["embeddings"]["word"]},
+            {"head": params["lm_head"], "word": params["bridge"]["embeddings"]["word"]},
             hidden,
             labels,
             jnp.broadcast_to(1 / count, (len(ids),)),

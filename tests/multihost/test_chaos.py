@@ -131,8 +131,7 @@ def disk_full(round_: Round) -> None:
         def fill() -> Callable[[], None]:
             return disks.fill(round_.run.workdir, leave)
 
-        # Old checkpoints and remains that the run deletes make room: fill it again.
-        _nothing_is_saved(round_, fill(), meanwhile=fill)
+        _nothing_is_saved(round_, fill(), fill)
     else:
         _nothing_is_saved(round_, None)  # the size of files is limited all along
 
@@ -142,11 +141,20 @@ def unwritable(round_: Round) -> None:
     _nothing_is_saved(round_, disks.forbid(round_.run.workdir / checkpoint_lib.FOLDER))
 
 
-def _nothing_is_saved(round_: Round, mend, meanwhile=lambda: None) -> None:
-    """The run says so and goes on; it ends unsaved, or saved when the trouble ends before."""
+def _nothing_is_saved(
+    round_: Round, mend: Callable[[], object] | None, again: Callable[[], object] | None = None
+) -> None:
+    """The run says so and goes on; it ends unsaved, or saved when the trouble ends before.
+
+    Args:
+      round_: The round.
+      mend: Ends the trouble.
+      again: Makes trouble again: old checkpoints and remains that the run deletes make room on a
+        disk. A save may still find that room, and then has to be what the run says.
+    """
     run, in_time = round_.run, mend is not None and round_.draw.random() < 0.5
     try:
-        run.wait_for("could not be written", REACTION, meanwhile)
+        run.wait_for("could not be written", REACTION, again or (lambda: None))
         run.wait_for_step(run.last_step() + round_.draw.randint(1, 3), REACTION)
         if in_time:
             mend()
@@ -155,11 +163,13 @@ def _nothing_is_saved(round_: Round, mend, meanwhile=lambda: None) -> None:
     finally:
         if mend and not in_time:
             mend()
-    if in_time:
+    saved = f"run ended: stopped on request at step {_latest(run.workdir)} " in run.said()
+    if in_time or (again and saved):
+        assert saved, run.log()
         assert codes == [loop.EXIT_RESTART] * len(codes), run.log()
     else:
         assert codes == [loop.EXIT_ERROR] * len(codes), run.log()
-        assert "is not saved" in run.said()
+        assert "is not saved" in run.said(), run.log()
 
 
 ONE, SEVERAL = (1, 2, 2, 4), (2, 2, 4)

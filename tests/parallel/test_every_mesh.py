@@ -13,11 +13,14 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
 
 from iv2_jax import config as config_lib
+from iv2_jax.models.audio.beats import BeatsConfig
+from iv2_jax.models.audio.beats_layers import PositionConv
 from iv2_jax.parallel import rules
 from iv2_jax.parallel.mesh import MeshConfig, make_mesh
 from iv2_jax.train import loop
@@ -173,6 +176,24 @@ def test_the_gradient_of_captions_is_whole_on_a_tensor_mesh():
         step = jax.jit(jax.grad(loss, argnums=(0, 1)))
         grads = step(jax.device_put(params, shardings), arrays["hidden"], arrays["ids"])
         found.append(jax.device_get((grads[0]["lm_head"], grads[1])))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 2), (1, 2, 4), (2, 2, 2)])
+def test_the_gradient_of_the_position_convolution_counts_tensor_once(sizes):
+    """XLA multiplies the gradient of a grouped convolution's kernel by the size of that axis."""
+    config = BeatsConfig(width=16, num_heads=2, conv_taps=4, conv_groups=2)
+    model, x = PositionConv(config), np.random.default_rng(0).normal(size=(8, 6, 16)).astype("f4")
+    boxed = jax.eval_shape(model.init, jax.random.key(0), x)
+    params = tiny_instruct.draw(meta.unbox(boxed))
+    found = []
+    for shape in ((1, 1, 1), sizes):
+        devices = make_mesh(MeshConfig(*shape, max_devices=int(np.prod(shape))))
+        shardings, _ = rules.shardings(boxed, devices)
+        step = jax.jit(jax.grad(lambda params, x: jnp.mean(model.apply(params, x) ** 2)))
+        arrays = loop.to_device({"x": x}, (), devices)
+        found.append(jax.device_get(step(jax.device_put(params, shardings), arrays["x"])))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
 

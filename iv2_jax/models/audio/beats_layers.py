@@ -83,15 +83,30 @@ class PositionConv(nn.Module):
         # An even kernel has no middle: padded by half on both sides it gives a token too many,
         # and the original drops the last, which here is never computed.
         before = c.conv_taps // 2
-        y = jax.lax.conv_general_dilated(
-            x.astype(dtype),
-            kernel,
-            window_strides=(1,),
-            padding=[(before, c.conv_taps - 1 - before)],
-            dimension_numbers=("NTC", "TIO", "NTC"),
-            feature_group_count=c.conv_groups,
-        )
+        y = _grouped_conv(x.astype(dtype), kernel, c.conv_groups, before)
         return jax.nn.gelu(y + bias.astype(dtype), approximate=False)
+
+
+def _grouped_conv(x: jax.Array, kernel: jax.Array, groups: int, before: int) -> jax.Array:
+    """Convolves `(B, N, D)` with `(taps, D / groups, D)`, `before` of the taps on earlier tokens.
+
+    A convolution a group: where the batch is split and another axis of the mesh is not, XLA (jax
+    0.10.2) makes the kernel's gradient of a grouped one that axis' size times too large. On CPU
+    the gradient is also 20 times faster like this.
+    """
+    parts = (
+        jax.lax.conv_general_dilated(
+            part,
+            taps,
+            window_strides=(1,),
+            padding=[(before, kernel.shape[0] - 1 - before)],
+            dimension_numbers=("NTC", "TIO", "NTC"),
+        )
+        for part, taps in zip(
+            jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True
+        )
+    )
+    return jnp.concatenate(list(parts), axis=-1)
 
 
 def _tap_norms(direction: jax.Array) -> jax.Array:

@@ -133,7 +133,9 @@ class MaskedLMHead(nn.Module):
             `(..., vocab_size)` logits, float32.
         """
         c = self.config
-        axes = ("embed",), ("mlp",)
+        # Not split by output: in a loop or a branch, as the losses run this head in, XLA's
+        # partitioner (jax 0.10.2) loses part of the gradients of a norm over what `tensor` splits.
+        axes = ("embed",), (None,)
         x = Linear((c.width,), (c.width,), *axes, precision=c.precision, name="fc")(hidden)
         x = jax.nn.gelu(x, approximate=False)
         x = LayerNorm(c.width, c.epsilon, precision=c.precision, name="norm")(x)
