@@ -17,7 +17,7 @@ from iv2_jax.data.corpora import open_data
 from iv2_jax.data.pipeline import DataConfig, make_loader, steps_in_pass
 from iv2_jax.data.records import Clip
 from iv2_jax.data.sources import ClipSource
-from iv2_jax.errors import DataError
+from iv2_jax.errors import ConfigError, DataError
 from iv2_jax.eval import probe
 from iv2_jax.eval.features import extract
 from iv2_jax.models.video_encoder import EncoderConfig, VideoEncoder
@@ -80,11 +80,24 @@ class Evaluation:
         return arrays | ids
 
 
+# Field of a run's config that holds the encoder's shape, by the stage that wrote it.
+_MODEL_FIELDS = {"distill": "student", "classify": "classifier"}
+
+
 def encoder_of(params: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Any, EncoderConfig]:
-    """The video encoder inside a run's parameters, and its shape from the run's config."""
-    return params["encoder"], config_lib.build(
-        EncoderConfig, config["student"]["encoder"], "config.student.encoder"
-    )
+    """The video encoder inside a run's parameters, and its shape from the run's config.
+
+    Raises:
+      ConfigError: The run's stage is not one whose encoder is probed.
+    """
+    name = _MODEL_FIELDS.get(config.get("stage", ""))
+    if name is None:
+        raise ConfigError(
+            f"stage {config.get('stage')!r}: the probe reads encoders of runs of "
+            f"{' and '.join(_MODEL_FIELDS)}; see `iv2 eval --help` for the tasks of others"
+        )
+    shape = config_lib.build(EncoderConfig, config[name]["encoder"], f"config.{name}.encoder")
+    return params["encoder"], shape
 
 
 def random_encoder(config: EncoderConfig, seed: int) -> Any:
@@ -164,7 +177,7 @@ def _evaluation_data(config: Mapping[str, Any], shape: EncoderConfig) -> DataCon
 
 def evaluation_fields() -> dict[str, Any]:
     """Fields of a DataConfig that reads every clip once, in order, from its centre."""
-    return {"eval": True, "augment": "center", "mask": "none"}
+    return {"eval": True, "augment": "center", "mask": "none", "views": 1, "crops": 1}
 
 
 def open_split(config: DataConfig, split: str | None) -> ClipSource:

@@ -13,6 +13,7 @@ from flax.core import meta
 
 from iv2_jax import cli
 from iv2_jax.errors import CheckpointError, ConfigError, DataError
+from iv2_jax.eval.runner import encoder_of
 from iv2_jax.interop import load, recipes
 from iv2_jax.models import kinds, zoo
 from iv2_jax.models.student import StudentConfig
@@ -101,6 +102,14 @@ def test_stopped_in_mid_epoch_and_resumed_equals_unbroken(films, tmp_path):
     assert loop.train(stopped, tmp_path).reason == "stopped"
     assert loop.train(_config(manifest, stop_after=4), tmp_path).step == 8
     assert _losses(tmp_path) == _losses(run)[:8]
+
+
+def test_its_encoder_can_be_probed(films, capsys):
+    _, run = films
+    assert cli.main(["eval", "--ckpt", str(run), "--no-random", "--batch-size", "4"]) == 0
+    assert str(run) in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="stage 'toy': the probe reads"):
+        encoder_of({}, {"stage": "toy"})
 
 
 def test_labels_that_do_not_fit_are_named(films, tmp_path):
