@@ -7,117 +7,15 @@ import signal
 import socket
 import time
 
-import jax
 import numpy as np
 import pytest
 
-from iv2_jax import config as config_lib
-from iv2_jax.train import loop
 from iv2_jax.train.metrics import read_metrics
-from iv2_jax.train.stage import config_class
-from tests.data import clips
 from tests.multihost.processes import Run, free_port, toy
-from tests.train import tiny, tiny_align, tiny_instruct
 
 
 def losses(workdir, kind="train"):
     return {line["step"]: line["loss"] for line in read_metrics(workdir, kind)}
-
-
-def _same_as_one_process(config, folder, processes, rtol=1e-6):
-    """Does the run in this process and in others on the same mesh, and compares every figure."""
-    one, several = folder / "one", folder / "several"
-    mesh = config["mesh"] | {"max_devices": 4}
-    here = config_lib.build(config_class(config["stage"]), config | {"mesh": mesh})
-    assert loop.train(here, one).reason == "complete"
-    run = Run(config, several, processes, devices=4 // processes)
-    assert run.wait() == [0] * processes, run.log()
-    timing = {"clips_per_s", "tokens_per_s", "data_wait", "goodput"}
-    want, got = read_metrics(one), read_metrics(several)
-    assert [(x["step"], x["kind"]) for x in got] == [(x["step"], x["kind"]) for x in want]
-    for a, b in zip(want, got, strict=True):
-        assert a.keys() - timing == b.keys() - timing
-        for name in a.keys() - timing - {"step", "kind"}:
-            # Sums of squares over all gradients differ in their order between one and several.
-            within = 1e-5 if name == "grad_norm" else rtol
-            np.testing.assert_allclose(b[name], a[name], rtol=within, atol=1e-7, err_msg=name)
-    return run
-
-
-def _stage1(folder):
-    manifest = clips.write_list(folder / "clips", 9)
-    data = {"source": str(manifest), "num_frames": 2 * tiny.FRAMES, "size": tiny.SIZE}
-    return tiny.values(
-        steps=3,
-        data=data,
-        # Nine clips in batches of eight: the last batch is filled up, on one process only.
-        eval_data=data | {"eval": True, "augment": "stretch"},
-        mesh={"data": 2, "fsdp": 2},
-    )
-
-
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_stage_one_in_several_processes(tmp_path, monkeypatch, processes):
-    tiny.register(monkeypatch)
-    _same_as_one_process(_stage1(tmp_path), tmp_path, processes)
-    # Written once, by process 0.
-    names = {p.name for p in (tmp_path / "several").iterdir()}
-    assert names == {p.name for p in (tmp_path / "one").iterdir()}
-    assert len(json.loads((tmp_path / "several" / "goodput.json").read_text())) == 1
-
-
-# Four processes that each compile a step take minutes on two cores.
-TWO_AND_FOUR = [
-    pytest.param(2, marks=pytest.mark.slow),
-    pytest.param(4, marks=[pytest.mark.slow, pytest.mark.pod]),
-]
-
-
-@pytest.mark.parametrize("processes", TWO_AND_FOUR)
-def test_stage_two_in_several_processes(tmp_path, processes):
-    media = ("image", "video")
-    values = tiny_align.values(tmp_path, media, steps=4, mesh={"data": 2, "fsdp": 2})
-    values["loss"]["weights"] = {"vtc": 1.0, "vtm": 1.0}
-    values["loss"]["captions"] = {}
-    plain = config_lib.to_dict(config_lib.build(tiny_align.AlignConfig, values))
-    _same_as_one_process(plain, tmp_path, processes)
-    if processes == 2:
-        _same_retrieval(tmp_path)
-
-
-def _same_retrieval(folder):
-    """`iv2 eval` of the run's checkpoint, with the second pass, in two processes and in one."""
-    found = []
-    for processes in (1, 2):
-        out = folder / f"retrieval{processes}.json"
-        verb = ("eval", "--task", "retrieval", "--ckpt", str(folder / "one"), "--rerank", "2")
-        verb += ("--batch-size", "4", "--out", str(out))
-        run = Run({}, folder / "eval", processes, devices=4 // processes, verb=verb)
-        assert run.wait() == [0] * processes, run.log()
-        (row,) = json.loads(out.read_text())["rows"]
-        found.append(dict(jax.tree_util.tree_leaves_with_path(row)))
-    one, two = found
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        assert two[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6))
-
-
-@pytest.mark.parametrize("processes", TWO_AND_FOUR)
-def test_stage_three_in_several_processes(tmp_path, processes):
-    """With an evaluation whose last batch the processes fill unequally."""
-    tiny_instruct.write_tokenizer(tmp_path / "tok")
-    mix = tiny_instruct.write_talks(tmp_path / "data")
-    values = tiny_instruct.values(
-        tmp_path / "tok",
-        mix,
-        tiny_instruct.model(),
-        eval_mix=str(mix),
-        batch_size=4,
-        steps=3,
-        mesh={"data": 2, "fsdp": 2},
-    )
-    plain = config_lib.to_dict(config_lib.build(config_class("instruct"), values))
-    _same_as_one_process(plain, tmp_path, processes)
 
 
 def test_one_process_is_told_to_stop_and_all_do(tmp_path):

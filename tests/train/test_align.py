@@ -83,6 +83,7 @@ def test_retrieval_may_look_for_other_media_than_the_loss(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.pod
 def test_all_media_train_and_evaluate(tmp_path):
     values = tiny_align.values(tmp_path)
     names = ("vtc", "atc", "avtc", "avtm", "mlm")
