@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,8 +57,12 @@ def forbid(folder: Path) -> Callable[[], None]:
         mode = folder.stat().st_mode
         folder.chmod(0o555)
         return lambda: folder.chmod(mode)
+    deadline = time.monotonic() + 60
     if _mount("--bind", str(folder), str(folder)):
-        assert _mount("-o", "remount,ro,bind", str(folder))
+        # Not while the run has a file open there to write to.
+        while not _mount("-o", "remount,ro,bind", str(folder)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         return lambda: subprocess.run(["umount", "--lazy", str(folder)], check=True) and None
     away = folder.with_name(f"{folder.name}.away")
     folder.rename(away)
