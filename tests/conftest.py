@@ -16,6 +16,8 @@ _FLAGS = {
     "--xla_force_host_platform_device_count": "8",
     "--xla_backend_optimization_level": "0",
     "--xla_llvm_disable_expensive_passes": "true",
+    # As iv2_jax.parallel.cpu.order_collectives sets it.
+    "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
 }
 _given = os.environ.get("XLA_FLAGS", "")
 _added = [f"{name}={value}" for name, value in _FLAGS.items() if name not in _given]

@@ -1,8 +1,9 @@
 """What is set for runs on the CPU platform: the one place for it.
 
-One setting pays: freed pages are kept (`keep_freed_pages`). `iv2 train`, `eval` and `chat` make it
-where JAX will run on the CPU; on machines with accelerators nothing is changed. What was tried and
-left as JAX has it, with the figures, is in docs/numerics.md, "Speed on CPU".
+Freed pages are kept (`keep_freed_pages`), and virtual devices meet in one order (`order_collectives`).
+`iv2 train`, `eval` and `chat` set this where JAX will run on the CPU; on machines with accelerators
+nothing is changed. What was tried and left as JAX has it, with the figures, is in docs/numerics.md,
+"Speed on CPU".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "IV2_KEEP_PAGES"  # 0 leaves malloc as it is
 # The same for a child process, from its start; to be put into its environment.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+_SCHEDULER = "--xla_cpu_enable_concurrency_optimized_scheduler"
 _ACCELERATORS = ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin")
 
 
@@ -37,6 +39,19 @@ def keep_freed_pages() -> bool:
     return all(mallopt(name, value) == 1 for name, value in settings)
 
 
+def order_collectives() -> None:
+    """Keeps several virtual devices of this process from waiting for each other for ever.
+
+    XLA's CPU scheduler lets collectives that do not depend on each other run at once, on a pool of
+    few threads. Eight devices then block all of them in two collectives that neither has its last
+    member (jax 0.10.2: the stage-2 gradient on a mesh of fsdp 4 x tensor 2), and after 40 s XLA
+    aborts. A flag that the user gave stays.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "--xla_force_host_platform_device_count" in flags and _SCHEDULER not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_SCHEDULER}=false"
+
+
 def chosen() -> bool:
     """Whether JAX will run on the CPU, as far as can be told without starting it.
 
@@ -49,8 +64,11 @@ def chosen() -> bool:
 
 
 def set_up() -> bool:
-    """Makes the settings where they apply; returns whether it did. Comes before JAX starts."""
-    if os.environ.get(VARIABLE, "1") == "0" or not chosen():
+    """Makes the settings where they apply; whether pages are kept. Comes before JAX starts."""
+    if not chosen():
+        return False
+    order_collectives()
+    if os.environ.get(VARIABLE, "1") == "0":
         return False
     kept = keep_freed_pages()
     logger.debug("freed pages are %s", "kept" if kept else "given back: this is not glibc")

@@ -43,6 +43,23 @@ def test_pages_are_kept_on_cpu_and_only_there():
 
 
 @pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ("--xla_force_host_platform_device_count=8", " --xla_cpu_enable_{}=false"),
+        ("--xla_force_host_platform_device_count=8 --xla_cpu_enable_{}=true", ""),
+        ("--xla_dump_to=x", ""),
+    ],
+)
+def test_virtual_devices_meet_in_one_order(monkeypatch, given, added):
+    given, added = (x.format("concurrency_optimized_scheduler") for x in (given, added))
+    monkeypatch.setenv("XLA_FLAGS", given)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv(cpu.VARIABLE, "0")
+    assert not cpu.set_up()
+    assert os.environ["XLA_FLAGS"] == given + added
+
+
+@pytest.mark.parametrize(
     ("platforms", "installed", "want"),
     [
         ("cpu", "libtpu", True),
