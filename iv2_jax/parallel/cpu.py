@@ -1,9 +1,9 @@
 """What is set for runs on the CPU platform: the one place for it.
 
-Freed pages are kept (`keep_freed_pages`), and virtual devices meet in one order (`order_collectives`).
-`iv2 train`, `eval` and `chat` set this where JAX will run on the CPU; on machines with accelerators
-nothing is changed. What was tried and left as JAX has it, with the figures, is in docs/numerics.md,
-"Speed on CPU".
+Freed pages are kept (`keep_freed_pages`), and virtual devices meet in one order
+(`order_collectives`). `iv2 train`, `eval` and `chat` set this where JAX will run on the CPU; on
+machines with accelerators nothing is changed. What was tried and left as JAX has it, with the
+figures, is in docs/numerics.md, "Speed on CPU".
 """
 
 from __future__ import annotations
