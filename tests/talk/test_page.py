@@ -184,7 +184,7 @@ def _served(model, folder):
 
 
 def test_the_page_in_a_browser(browser, folder, tmp_path):
-    model = Scripted("A <b>dog</b> runs.", "It was </s>.", "long " * 7, "Mine.", pause=0.05)
+    model = Scripted("A <b>dog</b> runs.", "It was </s>.", "long " * 300, "Mine.", pause=0.05)
     (tmp_path / "junk.mp4").write_bytes(bytes(100))
     with _served(model, folder) as address:
         tab = browser.new_page()
