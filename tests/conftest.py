@@ -11,13 +11,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # The suite is one long process with threads of its own: malloc stays as it is.
 os.environ.setdefault("IV2_KEEP_PAGES", "0")
+# As iv2_jax.parallel.cpu.order_collectives sets it, against deadlocks.
+os.environ.setdefault("NPROC", "32")
 # Tests compile much and run little: without LLVM's optimisations the suite takes a third of the
 # time (one tiny training step compiled in 5 s instead of 26 on a busy 2-core machine).
 _FLAGS = {
     "--xla_force_host_platform_device_count": "8",
     "--xla_backend_optimization_level": "0",
     "--xla_llvm_disable_expensive_passes": "true",
-    # As iv2_jax.parallel.cpu.order_collectives sets it.
+    # Against deadlocks as well.
     "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
 }
 _given = os.environ.get("XLA_FLAGS", "")

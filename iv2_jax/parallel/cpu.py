@@ -12,6 +12,7 @@ import ctypes
 import importlib.util
 import logging
 import os
+import re
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +43,18 @@ def keep_freed_pages() -> bool:
 def order_collectives() -> None:
     """Keeps several virtual devices of this process from waiting for each other for ever.
 
-    XLA's CPU scheduler lets collectives that do not depend on each other run at once, on a pool of
-    few threads. Eight devices then block all of them in two collectives that neither has its last
-    member (jax 0.10.2: the stage-2 gradient on a mesh of fsdp 4 x tensor 2), and after 40 s XLA
-    aborts. A flag that the user gave stays.
+    XLA runs all of them on one pool of threads, as many as devices or cores, and a collective holds
+    a thread until its last member comes. Devices that are in two collectives at once take all
+    threads, the last member finds none, and after 40 s XLA aborts (jax 0.10.2: the stage-2 gradient
+    on a mesh of fsdp 4 x tensor 2). So there are more threads, and the scheduler looks less for
+    what could run at once. What the user has set stays.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if "--xla_force_host_platform_device_count" in flags and _SCHEDULER not in flags:
+    devices = re.search(r"--xla_force_host_platform_device_count=(\d+)", flags)
+    if devices is None:
+        return
+    os.environ.setdefault("NPROC", str(4 * int(devices[1])))  # XLA's name for the threads
+    if _SCHEDULER not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_SCHEDULER}=false"
 
 

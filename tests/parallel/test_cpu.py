@@ -55,7 +55,9 @@ def test_virtual_devices_meet_in_one_order(monkeypatch, given, added):
     monkeypatch.setenv("XLA_FLAGS", given)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv(cpu.VARIABLE, "0")
+    monkeypatch.delenv("NPROC", raising=False)
     assert not cpu.set_up()
+    assert os.environ.pop("NPROC", None) == ("32" if "count" in given else None)
     assert os.environ["XLA_FLAGS"] == given + added
 
 
