@@ -75,7 +75,11 @@ TRAINED = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in _ALIKE else []) for n in SHIPPED]
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow, pytest.mark.pod] if n in _ALIKE else [])
+        for n in SHIPPED
+    ],
 )
 def test_builds_abstractly(name):
     mesh = {"mesh.data": "-1", "mesh.fsdp": "4", "mesh.tensor": "1"}

@@ -51,7 +51,6 @@ def _stage1(folder):
 
 # Four processes that each compile a step take minutes on two cores.
 IN_FOUR = pytest.param(4, marks=[pytest.mark.slow, pytest.mark.pod])
-TWO_AND_FOUR = [pytest.param(2, marks=pytest.mark.slow), IN_FOUR]
 
 
 def test_four_processes(tmp_path):
@@ -74,7 +73,7 @@ def test_stage_one_in_several_processes(tmp_path, monkeypatch, processes):
     assert len(json.loads((tmp_path / "several" / "goodput.json").read_text())) == 1
 
 
-@pytest.mark.parametrize("processes", TWO_AND_FOUR)
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), IN_FOUR])
 def test_stage_two_in_several_processes(tmp_path, processes):
     values = tiny_align.values(tmp_path, ("video",), steps=3, mesh={"data": 2, "fsdp": 2})
     values["loss"]["weights"] = {"vtc": 1.0, "vtm": 1.0}
@@ -102,7 +101,9 @@ def _same_retrieval(folder):
         assert two[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6))
 
 
-@pytest.mark.parametrize("processes", TWO_AND_FOUR)
+@pytest.mark.slow
+@pytest.mark.pod
+@pytest.mark.parametrize("processes", [2, 4])
 def test_stage_three_in_several_processes(tmp_path, processes):
     """With an evaluation whose last batch the processes fill unequally."""
     tiny_instruct.write_tokenizer(tmp_path / "tok")
