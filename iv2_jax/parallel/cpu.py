@@ -1,9 +1,9 @@
 """What is set for runs on the CPU platform: the one place for it.
 
-Freed pages are kept (`keep_freed_pages`), and virtual devices meet in one order
-(`order_collectives`). `iv2 train`, `eval` and `chat` set this where JAX will run on the CPU; on
-machines with accelerators nothing is changed. What was tried and left as JAX has it, with the
-figures, is in docs/numerics.md, "Speed on CPU".
+Freed pages are kept (`keep_freed_pages`), and virtual devices have threads enough for their
+collectives (`spare_threads`). `iv2 train`, `eval` and `chat` set this where JAX will run on the
+CPU; on machines with accelerators nothing is changed. What was tried and left as JAX has it, with
+the figures, is in docs/numerics.md, "Speed on CPU".
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def keep_freed_pages() -> bool:
     return all(mallopt(name, value) == 1 for name, value in settings)
 
 
-def order_collectives() -> None:
+def spare_threads() -> None:
     """Keeps several virtual devices of this process from waiting for each other for ever.
 
     XLA runs all of them on one pool of threads, as many as devices or cores, and a collective holds
@@ -73,7 +73,7 @@ def set_up() -> bool:
     """Makes the settings where they apply; whether pages are kept. Comes before JAX starts."""
     if not chosen():
         return False
-    order_collectives()
+    spare_threads()
     if os.environ.get(VARIABLE, "1") == "0":
         return False
     kept = keep_freed_pages()

@@ -50,7 +50,7 @@ def test_pages_are_kept_on_cpu_and_only_there():
         ("--xla_dump_to=x", ""),
     ],
 )
-def test_virtual_devices_meet_in_one_order(monkeypatch, given, added):
+def test_virtual_devices_have_threads_enough(monkeypatch, given, added):
     given, added = (x.format("concurrency_optimized_scheduler") for x in (given, added))
     monkeypatch.setenv("XLA_FLAGS", given)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
