@@ -20,7 +20,15 @@ import sys
 import time
 from typing import Any
 
-SHAPES = ("417x16x88", "417x25x128", "206x16x88", "257x25x128", "1024x16x88", "2049x16x88")
+SHAPES = (
+    "417x16x88",
+    "417x25x128",
+    "206x16x88",
+    "257x25x128",
+    "1024x16x88",
+    "2049x16x88",
+    "4097x16x88",
+)
 KERNELS = ("short", "splash", "xla")
 
 

@@ -5,9 +5,10 @@
 
 Compiled for slices that are only described, not run on hardware: needs the TPU compiler
 (`pip install 'iv2_jax[tpu]'`), no TPU. A case is a stack of the package's own blocks in the form
-that the shipped configs have (teachers: as `iv2_jax/models/teachers` runs them), forward and
-backward unless it is a teacher, on the mesh named. Two programs are compiled: the stack at a small
-depth as a scan of two turns, and the same without blocks; what the second takes is subtracted.
+that the shipped configs have (teachers: as `iv2_jax/models/teachers` runs them), with the options
+of `parallel/tpu.py`, forward and backward unless it is a teacher, on the mesh named. Two programs
+are compiled: the stack at a small depth as a scan of two turns, and the same without blocks; what
+the second takes is subtracted.
 
 optimal      the compiler's `optimal_seconds` of a layer; it counts the body of a loop once, so the
              body of the scan divided by its layers is a layer. Kernels written by hand, of which it
@@ -78,12 +79,16 @@ class Case:
 _TEACHER = {"topology": "v5p:1x1x1", "fsdp": 1, "train": False, "remat": "none"}
 CASES = {
     "1b": Case("internvideo2_1b", 32, 417, goal="P2, P7", target=55, max_bytes=10e9),
+    # As fine-tuning runs it: only the last block's output is used.
     "1b_long": Case(
-        "internvideo2_1b", 8, 2049, remat="full", goal="P3", target=55, max_temp=2.5 * 2**30
+        "internvideo2_1b", 8, 2049, features=0, goal="P3", target=55, max_temp=2.5 * 2**30
     ),
     "6b": Case("internvideo2_6b", 8, 417, goal="P4", target=60),
     "internvl": Case("internvl_6b", 64, 257, **_TEACHER, goal="P5", target=75),
-    "videomae": Case("videomaev2_g", 32, 2048, **_TEACHER, goal="P6", max_temp=1.6 * 2**30),
+    "videomae": Case("videomaev2_g", 32, 2048, **_TEACHER),
+    "videomae_last": Case(
+        "videomaev2_g", 32, 2048, **_TEACHER, features=0, goal="P6", max_temp=1.6 * 2**30
+    ),
 }
 
 
@@ -126,7 +131,7 @@ def traced(case: Case, mesh: Any, *, blocks: bool) -> Any:
 
     config = config_of(case)
     model = VideoMAE(config) if case.model == "videomaev2_g" else VideoEncoder(config)
-    layers = tuple(range(-case.features, 0))
+    layers = tuple(range(-case.features, 0))  # none: only the last block's output is used
     rows, whole = batch_sharding(mesh), replicated(mesh)
 
     def run(variables: Any, x: Any, **kwargs: Any) -> Any:
@@ -148,21 +153,21 @@ def traced(case: Case, mesh: Any, *, blocks: bool) -> Any:
 
     def forward(params: Any, x: Any, key: Any) -> Any:
         if not blocks:
-            return x + jnp.ones((), x.dtype), jnp.stack([x * 2] * case.features)
+            return x + jnp.ones((), x.dtype), jnp.stack([x * 2] * case.features) if layers else None
         kwargs = {"train": True, "rngs": {"droppath": key}} if case.train else {}
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return run({"params": params}, x, **kwargs)
 
     def loss(params: Any, x: Any, key: Any) -> Any:
         outs = forward(params, x, key)
-        return sum(jnp.mean(jnp.square(out.astype(jnp.float32))) for out in outs)
+        return sum(jnp.mean(jnp.square(out.astype(jnp.float32))) for out in jax.tree.leaves(outs))
 
     if case.train:
         step = jax.value_and_grad(loss, argnums=(0, 1) if blocks else 1)
         out = (whole, (shardings, rows) if blocks else rows)
     else:
         step = forward
-        out = (rows, NamedSharding(mesh, PartitionSpec(None, BATCH_AXES)))
+        out = (rows, NamedSharding(mesh, PartitionSpec(None, BATCH_AXES)) if layers else None)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
     with trace_for("tpu"):
         return jax.jit(step, out_shardings=out).trace(params, x, key)
@@ -174,11 +179,12 @@ def compiled(case: Case, mesh: Any, *, blocks: bool, hlo: Path | None = None) ->
     from iv2_jax.parallel.described import quiet, topology
     from iv2_jax.parallel.plan import count, hardware
     from iv2_jax.parallel.plan import traced as traced_lib
+    from iv2_jax.parallel.tpu import compiler_options
 
     start = time.perf_counter()
     trace = traced(case, mesh, blocks=blocks)
     with quiet(), trace_for("tpu"):
-        program = trace.lower().compile()
+        program = trace.lower().compile(compiler_options(mesh))
     text = program.as_text()
     if hlo is not None:
         hlo.write_text(text)
@@ -283,6 +289,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file with the figures; has cases added")
     parser.add_argument("--hlo", type=Path, help="folder for the compiled programs")
     args = parser.parse_args()
+    if args.hlo:
+        args.hlo.mkdir(parents=True, exist_ok=True)
     if unknown := set(args.cases) - set(CASES):
         parser.error(f"unknown cases {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
 

@@ -47,7 +47,7 @@ def _model(stage: str, internlm: bool, frames: int) -> dict:
     )
     model["encoder"] |= {
         "num_frames": frames,
-        "remat": "dots",
+        "remat": "named",
         "precision": {"compute_dtype": "bfloat16"},
     }
     # "dots" here ends libtpu 0.0.42 in a segmentation fault.

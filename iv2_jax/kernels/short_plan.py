@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 LANES = 128
-MAX_LENGTH = 2304  # the longest that was compiled is 2049
+MAX_LENGTH = 4352  # the longest that was compiled is 4097
 # On-chip memory (VMEM) of a core by kind of device, MiB: jax/_src/pallas/mosaic/tpu_info.py.
 _VMEM_MIB = {
     "TPU v4": 16,

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from jax.sharding import Mesh
 
 from iv2_jax.errors import ConfigError
+from iv2_jax.kernels import short_plan
 
 VARIABLE = "IV2_TPU_OPTIONS"
 
@@ -33,6 +34,12 @@ COMPILER_OPTIONS: Mapping[str, str | bool | int] = {
     "xla_tpu_data_parallel_opt_different_sized_ops": True,
 }
 
+# On-chip memory that one operation may take, on chips that have more of it: of itself the compiler
+# gives 16 MiB, and products read their operands more often than they need to. 48 MiB brought a
+# little more and took up to twice the time to compile (docs/plan.md).
+_VMEM = "xla_tpu_scoped_vmem_limit_kib"
+_VMEM_BYTES = 32 << 20
+
 
 def compiler_options(mesh: Mesh) -> dict[str, str | bool | int] | None:
     """Options for `jax.jit` of a step on a mesh; None where its devices are no TPUs.
@@ -40,13 +47,15 @@ def compiler_options(mesh: Mesh) -> dict[str, str | bool | int] | None:
     Raises:
       ConfigError: `IV2_TPU_OPTIONS` is not of the form `name=value,name=value`.
     """
-    if mesh.devices.flat[0].platform != "tpu":
+    device = mesh.devices.flat[0]
+    if device.platform != "tpu":
         return None
-    given = {}
+    options = dict(COMPILER_OPTIONS)
+    if short_plan.vmem_bytes(device.device_kind) > _VMEM_BYTES:
+        options[_VMEM] = _VMEM_BYTES >> 10
     for item in filter(None, os.environ.get(VARIABLE, "").split(",")):
         name, equals, value = item.strip().partition("=")
         if not (name and equals):
             raise ConfigError(f"{VARIABLE}: {item!r} is not name=value")
-        given[name] = value
-    merged = {**COMPILER_OPTIONS, **given}
-    return {name: value for name, value in merged.items() if value != ""}
+        options[name] = value
+    return {name: value for name, value in options.items() if value != ""}

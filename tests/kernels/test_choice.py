@@ -79,8 +79,8 @@ def test_forced_and_preferred(monkeypatch):
         choose_backend(*_qk(), bias=bias, backend="splash")
     with pytest.raises(ValueError, match="no GPU"):
         choose_backend(*_qk(), backend="cudnn")
-    with pytest.raises(ValueError, match="4097 tokens are more than 2304"):
-        choose_backend(*_qk(4097, 4097), backend="short")
+    with pytest.raises(ValueError, match="4353 tokens are more than 4352"):
+        choose_backend(*_qk(4353, 4353), backend="short")
     with pytest.raises(ValueError, match="does not fit 16 MiB"):
         choose_backend(*_qk(), backend="short")
     with prefer_backend("splash"):

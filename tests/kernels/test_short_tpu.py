@@ -127,6 +127,8 @@ def test_splits_over_a_mesh_without_moving_rows():
         (1024, 88, 16, 128, (16, True, 256, 2)),
         (2049, 88, 16, 64, (16, True, 128, 1)),
         (2049, 200, 16, 64, (2, False, 256, 2)),
+        (4097, 88, 16, 128, (16, True, 128, 1)),
+        (4097, 88, 16, 64, (1, False, 256, 2)),
     ],
 )
 def test_cut_by_memory(tokens, head_dim, heads, mib, expected):

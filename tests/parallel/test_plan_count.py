@@ -309,6 +309,43 @@ def test_a_collective_that_is_spread_over_fusions_counts_once():
     assert counted.bytes == gathered + negated
 
 
+NESTED_TEXT = """\
+HloModule jit_f, is_scheduled=true
+
+%one_layer (p.1: f32[40,16,16], p.2: s32[]) -> f32[16,16] {
+  %p.1 = f32[40,16,16]{2,1,0} parameter(0)
+  %p.2 = s32[] parameter(1)
+  %zero.1 = s32[] constant(0)
+  %slice.1 = f32[1,16,16]{2,1,0} dynamic-slice(%p.1, %p.2, %zero.1, %zero.1), \
+dynamic_slice_sizes={1,16,16}
+  ROOT %bitcast.1 = f32[16,16]{1,0} bitcast(%slice.1)
+}
+
+%fused_product (p.3: f32[40,16,16], p.4: s32[], p.5: f32[8,16]) -> f32[8,16] {
+  %p.3 = f32[40,16,16]{2,1,0} parameter(0)
+  %p.4 = s32[] parameter(1)
+  %p.5 = f32[8,16]{1,0} parameter(2)
+  %fusion.1 = f32[16,16]{1,0} fusion(%p.3, %p.4), kind=kLoop, calls=%one_layer
+  ROOT %dot.1 = f32[8,16]{1,0} dot(%p.5, %fusion.1), lhs_contracting_dims={1}, \
+rhs_contracting_dims={0}
+}
+
+ENTRY %main (b.1: s32[], c.1: f32[8,16]) -> f32[8,16] {
+  %kept.1 = f32[40,16,16]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %b.1 = s32[] parameter(0)
+  %c.1 = f32[8,16]{1,0} parameter(1)
+  ROOT %fusion.2 = f32[8,16]{1,0} fusion(%kept.1, %b.1, %c.1), kind=kOutput, calls=%fused_product
+}
+"""
+
+
+def test_of_what_all_layers_have_kept_a_layer_reads_its_own():
+    """Also where a fusion inside a fusion takes the slice; to make room moves nothing."""
+    counted = count.count(NESTED_TEXT, 1)
+    assert counted.flops == 2 * 8 * 16 * 16
+    assert counted.bytes == 4 * (16 * 16 + 2 * 8 * 16 + 1)
+
+
 BETWEEN_SLICES = """\
 HloModule jit_f, is_scheduled=true
 

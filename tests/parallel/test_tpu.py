@@ -11,8 +11,9 @@ from iv2_jax.errors import ConfigError
 from iv2_jax.parallel import tpu
 
 
-def _mesh(platform: str) -> SimpleNamespace:
-    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+def _mesh(platform: str, kind: str = "TPU v4") -> SimpleNamespace:
+    device = SimpleNamespace(platform=platform, device_kind=kind)
+    return SimpleNamespace(devices=np.array([device]))
 
 
 def test_other_platforms_get_none(monkeypatch):
@@ -29,6 +30,16 @@ def test_the_variable_changes_adds_and_takes_out(monkeypatch):
     monkeypatch.setenv(tpu.VARIABLE, "xla_new")
     with pytest.raises(ConfigError, match="'xla_new' is not name=value"):
         tpu.compiler_options(_mesh("tpu"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kib"), [("TPU v4", None), ("TPU v5", 32768), ("TPU v5 lite", 32768), ("TPU v9", None)]
+)
+def test_on_chip_memory_of_an_operation_follows_the_chip(monkeypatch, kind, kib):
+    name = "xla_tpu_scoped_vmem_limit_kib"
+    assert tpu.compiler_options(_mesh("tpu", kind)).get(name) == kib
+    monkeypatch.setenv(tpu.VARIABLE, f"{name}=65536")
+    assert tpu.compiler_options(_mesh("tpu", kind))[name] == "65536"
 
 
 @pytest.mark.tpu

@@ -15,26 +15,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from iv2_jax.parallel.plan import hlo
+from iv2_jax.parallel.plan import hbm, hlo
 from iv2_jax.parallel.plan.hlo import Instruction
 
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
-# They move nothing themselves: names, views, and what is counted elsewhere.
-_FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-    "call", "after-all", "partition-id", "replica-id", "opt-barrier", "async-start",
-    "async-update", "async-done", "domain",
-}  # fmt: skip
-# They read as much as they give, not all that they are given.
-_SLICING = {"dynamic-slice", "slice", "gather"}
 # How a slice's program hands something to the other slices.
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
 _OP_NAME = re.compile(r'op_name="([^"]+)"')
@@ -58,7 +41,7 @@ class Collective:
     """A kind of exchange between the same devices, added up over a step.
 
     Attributes:
-      kind: One of `COLLECTIVES`.
+      kind: One of `hbm.COLLECTIVES`.
       group: Partitions that exchange, one group of the alike ones; slices if `between_slices`.
       between_slices: Over the data-centre network, through the hosts.
     """
@@ -205,7 +188,7 @@ class _Counter:
         operation = Operation(
             times=times,
             flops=own,
-            bytes=self.moved(instruction, scope),
+            bytes=hbm.moved(instruction, scope, self.program),
             cycles=int(cycles.group(1)) if cycles else 0,
             overlapped=opcode.endswith("-start"),
             source=_source(instruction),
@@ -225,7 +208,7 @@ class _Counter:
 
         A reduce-scatter is printed as an all-reduce whose result is sliced in the same fusion.
         """
-        if _carries_on(fusion):
+        if hbm.carries_on(fusion):
             return
         scope = self.program.computations[fusion.called["calls"]]
         for instruction in scope.values():
@@ -249,7 +232,7 @@ class _Counter:
         if opcode == "send" and (found := _MEGASCALE.search(instruction.attributes)):
             key = Collective(found.group(1).lower().replace("_", "-"), _slices(instruction), True)
             given = instruction.shapes[0].bytes
-        elif opcode in COLLECTIVES:
+        elif opcode in hbm.COLLECTIVES:
             # Numbers are those of a slice's own partitions, which the first slice's begin with.
             group = tuple(hlo.replica_groups(instruction, self.devices)[0])
             key = Collective(kind or opcode, group)
@@ -264,60 +247,6 @@ class _Counter:
             traffic.payload += times * payload
             traffic.sent += times * sent
 
-    def moved(self, instruction: Instruction, scope: dict[str, Instruction]) -> float:
-        """Bytes that an instruction reads from and writes to HBM."""
-        opcode = instruction.opcode
-        if opcode in _FREE or opcode.endswith("-done"):
-            return 0
-        if opcode == "fusion":
-            return self.moved_by_fusion(instruction, scope)
-        if opcode in ("send", "recv"):
-            return instruction.shapes[0].bytes
-        if opcode in _SLICING:
-            return 2 * _in_hbm(instruction)
-        operands = [scope[name] for name in instruction.operands if name in scope]
-        if opcode == "dynamic-update-slice":
-            return 2 * _in_hbm(operands[1])
-        if opcode == "scatter":
-            return 2 * _in_hbm(operands[-1])
-        read = sum(map(_in_hbm, operands))
-        if opcode.endswith("-start"):
-            # The result repeats the operands, and carries the arrays that are filled later.
-            arrays = instruction.shapes[:2] if opcode == "copy-start" else instruction.shapes
-            result = sum(shape.bytes for shape in arrays if not shape.on_chip)
-            return max(result, read)
-        return read + _in_hbm(instruction)
-
-    def moved_by_fusion(self, fusion: Instruction, scope: dict[str, Instruction]) -> float:
-        """Operands as far as they are read, and the result as far as it is written."""
-        inner = self.program.computations[fusion.called["calls"]]
-        users: dict[str, list[Instruction]] = {}
-        for instruction in inner.values():
-            for name in instruction.operands:
-                users.setdefault(name, []).append(instruction)
-        total = 0.0
-        carried = _carries_on(fusion)
-        for instruction in inner.values():
-            if instruction.opcode == "parameter":
-                index = int(instruction.literal)
-                operand = scope.get(fusion.operands[index])
-                using = users.get(instruction.name, ())
-                if carried and all(user.opcode in COLLECTIVES for user in using):
-                    continue
-                if operand is not None and _in_hbm(operand):
-                    total += _read(instruction, users)
-        root = next(i for i in inner.values() if i.is_root)
-        parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        for part, shape in zip(parts, fusion.shapes, strict=False):
-            if shape.on_chip:
-                continue
-            source = _behind_views(part, inner)
-            if carried and source.opcode in (*COLLECTIVES, "parameter"):
-                continue
-            updates = source.opcode == "dynamic-update-slice"
-            total += inner[source.operands[1]].bytes if updates else shape.bytes
-        return total
-
 
 def _slices(send: Instruction) -> tuple[int, ...]:
     """Slices that an exchange between slices joins: `{1,2}x{0:3}` or `{1:4}x{0:3}`."""
@@ -327,46 +256,6 @@ def _slices(send: Instruction) -> tuple[int, ...]:
         first, _, last = item.partition(":")
         found += range(int(first), int(last or first) + 1)
     return tuple(found)
-
-
-def _carries_on(fusion: Instruction) -> bool:
-    """Whether a fusion only carries on or ends a collective that another one has begun.
-
-    The TPU's compiler spreads a collective over the computations beside it: it is printed in the
-    fusion that starts it, in each that it runs along with, and in the one that ends it.
-    """
-    ends = fusion.name.startswith("async-collective-done")
-    return ends or fusion.called["calls"].startswith("async_collective_fusion")
-
-
-def _read(parameter: Instruction, users: dict[str, list[Instruction]]) -> float:
-    """Bytes of a fusion's parameter that are read: slices only, where only slices are taken."""
-    total, pending = 0.0, list(users.get(parameter.name, ()))
-    names = {parameter.name}
-    while pending:
-        user = pending.pop()
-        if user.opcode == "bitcast":
-            names.add(user.name)
-            pending += users.get(user.name, ())
-        elif user.opcode in _SLICING and user.operands[0] in names:
-            total += user.bytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] in names:
-            continue  # written in place
-        else:
-            return parameter.bytes
-    return min(total, parameter.bytes)
-
-
-def _behind_views(instruction: Instruction, scope: dict[str, Instruction]) -> Instruction:
-    """What an instruction is a view of."""
-    while instruction.opcode in ("bitcast", "copy") and instruction.operands:
-        instruction = scope[instruction.operands[0]]
-    return instruction
-
-
-def _in_hbm(instruction: Instruction) -> float:
-    """Bytes of a result that are not on the chip."""
-    return sum(shape.bytes for shape in instruction.shapes if not shape.on_chip)
 
 
 def _traffic(kind: str, given: float, size: int) -> tuple[float, float]:
