@@ -20,7 +20,8 @@ and L on SSv2 take S's and the "B14" script's numbers (the released scripts name
 where the recipe has `num_sample` 2, so the rates are those of the scripts times the copies.
 
 The mesh splits parameters over 16 chips; the batch goes through in parts so that they fit into
-16 GB each. None of this has been run on hardware.
+16 GB each. On n times as many chips, divide `--config.accumulate` by n. None of this has been run
+on hardware.
 """
 
 from typing import NamedTuple

@@ -163,9 +163,10 @@ def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
     shards = math.lcm(shards, jax.process_count()) * parts
     if batch_size % shards:
         split = f", {parts} parts" if parts > 1 else ""
+        fewer = ", or a smaller accumulate" if parts > 1 else ""
         raise ConfigError(
             f"batch_size {batch_size} does not divide over {shards} batch shards "
             f"(data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']}, "
             f"{jax.process_count()} processes{split}); use a multiple of {shards}, "
-            f"such as {math.ceil(batch_size / shards) * shards}"
+            f"such as {math.ceil(batch_size / shards) * shards}{fewer}"
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from iv2_jax.errors import ConfigError
 from iv2_jax.objectives.next_token import next_token_loss, target_weights
-from iv2_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
+from iv2_jax.parallel.mesh import MeshConfig, batch_sharding, check_batch_size, make_mesh
 from iv2_jax.train.accumulate import mean_over_parts
 
 PARTS = 4
@@ -53,3 +55,10 @@ def test_parts_of_a_token_loss_are_the_whole_batchs():
     np.testing.assert_allclose(grads["w"], want["w"], atol=1e-6)
     assert metrics["rows"] == 4
     assert not grads["frozen"].any()
+
+
+def test_more_parts_than_the_mesh_has_rows_for_are_refused():
+    mesh = make_mesh(MeshConfig(fsdp=4, data=1, max_devices=4))
+    check_batch_size(16, mesh, parts=4)
+    with pytest.raises(ConfigError, match=r"over 32 batch shards.*8 parts.*a smaller accumulate"):
+        check_batch_size(16, mesh, parts=8)

@@ -86,7 +86,8 @@ def test_models_and_views():
     ours = _read("classify.py:1b,k400,16").classifier
     assert (ours.encoder.grid, ours.num_classes) == (zoo.encoder.grid, zoo.num_classes)
     assert ours.encoder.drop_path_rate == zoo.encoder.drop_path_rate
-    assert ours.encoder.remat == "full"
+    assert ours.encoder.remat == "named"
+    assert _read("classify.py:6b,k400").classifier.encoder.remat == "full"  # 16 GB hold no more
     assert _read("probe.py:1b,lp_k400").optimizer.open == ()
 
 
