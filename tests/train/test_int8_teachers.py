@@ -187,6 +187,7 @@ def test_a_student_learns_the_same(options):
 
 
 @pytest.mark.slow
+@pytest.mark.pod
 def test_eight_devices_hold_a_share_each_and_give_the_same_losses(options):
     one, _ = _losses(_config(options), 2)
     many, frozen = _losses(_config(options, mesh={"data": 2, "fsdp": 4}), 2)
