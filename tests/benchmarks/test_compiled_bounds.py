@@ -17,6 +17,8 @@ SMALL = Case("internvideo2_small", 32, 417, topology="v5p:1x1x1", fsdp=1)
 
 
 @pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.pod
 def test_a_small_trained_stack_is_no_worse_than_committed():
     """As the 1B student is trained. New figures: print `measure(SMALL)` into the file."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'iv2_jax[tpu]'")

@@ -187,6 +187,7 @@ def _steps(config, count=3):
 
 
 @pytest.mark.slow
+@pytest.mark.pod
 def test_one_and_eight_devices_give_the_same_losses():
     changes = {
         "mixup": RECIPE | {"group": 4},
@@ -241,6 +242,8 @@ def test_running_statistics_are_refused():
 
 
 @pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.pod
 def test_the_recipe_compiles_for_a_slice():
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'iv2_jax[tpu]'")
     model = tiny_classify.model(drop_path=0.1)

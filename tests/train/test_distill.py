@@ -50,6 +50,8 @@ def one_device():
     return run_steps(tiny.config())
 
 
+@pytest.mark.slow
+@pytest.mark.pod
 def test_one_and_eight_devices_give_the_same_losses():
     """Over steps; every shape of mesh is in tests/parallel/test_every_mesh.py."""
     one, params_one = copy.deepcopy(one_device())
