@@ -72,8 +72,6 @@ def _loss(stage, params, batch, *, train=False, seed=0):
     return float(loss), {name: float(value) for name, value in terms.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.pod
 def test_retrieval_may_look_for_other_media_than_the_loss(tmp_path):
     found = {}
     for media in ("", "video"):
@@ -230,8 +228,6 @@ def test_temperature_is_brought_back_into_its_range(stage, params):
         assert float(projected["temp"]) == pytest.approx(kept)
 
 
-@pytest.mark.slow
-@pytest.mark.pod
 def test_released_gradient_of_the_contrast(tmp_path):
     config = tiny_align.config(tmp_path, ("video",))
     weights = {"vtc": 1.0}

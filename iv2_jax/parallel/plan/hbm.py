@@ -106,8 +106,9 @@ def _read(parameter: Instruction, users: dict[str, list[Instruction]], program: 
             continue  # written in place
         elif user.opcode == "fusion":
             inner = program.computations[user.called["calls"]]
+            inner_users = _users(inner)
             total += sum(
-                _read(i, _users(inner), program)
+                _read(i, inner_users, program)
                 for i in inner.values()
                 if i.opcode == "parameter" and user.operands[int(i.literal)] in names
             )
